@@ -1,0 +1,195 @@
+"""Templates by backend, stage and rule; the default plan; and the check that a plan from a file is one of ours."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sse_tune.device import Device
+from sse_tune.errors import ConstraintError, DeviceError, PlanError
+from sse_tune.plan import Plan, StageChoice
+from sse_tune.problem import Problem
+from sse_tune.space import Config, Space
+from sse_tune.templates.stages import GRAPHS, Sizes, stage_names
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Launcher(Protocol):
+    """Runs, compiles or counts a kernel: what a template hands its launches to (`compile.py` has the kinds)."""
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int, num_stages: int
+    ) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """What a template's launch gets besides its tensors.
+
+    Args:
+        sizes: host-known sizes of this call.
+        config: the template's config and the plan's outer choices together.
+        launch: the launcher.
+        scale: what multiplies q·k, K^-1/2 unless the user says otherwise.
+    """
+
+    sizes: Sizes
+    config: Config
+    launch: Launcher
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """One stage written once in one backend.
+
+    `run(call, tensors)` reads and writes the tensors named in its stage; it allocates only scratch of its own.
+    """
+
+    backend: str
+    name: str
+    stage: str
+    rules: tuple[str, ...]
+    space: Space
+    run: Callable[[Call, Mapping[str, torch.Tensor]], None]
+    sources: tuple[str, ...]
+
+    @property
+    def source_hash(self) -> str:
+        """Sixteen hex digits over the code of the template's modules; comments and docstrings do not count."""
+        return source_hash(self.sources)
+
+
+@functools.lru_cache(maxsize=None)
+def source_hash(modules: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for module in modules:
+        spec = importlib.util.find_spec(module)
+        assert spec is not None and spec.origin is not None, f"template module {module} is not there"
+        tree = ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if (isinstance(body, list) and body and isinstance(body[0], ast.Expr)
+                    and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str)):
+                body[0].value.value = ""
+        digest.update(ast.dump(tree).encode())
+    return digest.hexdigest()[:16]
+
+
+# backend -> the package it needs, the graph its templates belong to, and its modules; imported on first use, so that
+# `import sse_tune` loads no compiler
+_BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
+    "triton": (
+        "triton",
+        "staged",
+        tuple(
+            f"sse_tune.templates.triton.{name}"
+            for name in (
+                "routing", "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_gradients",
+                "gla_prepare", "gla_scan", "gla_recompute", "gla_state_gradient", "gla_gradients",
+                "combine", "combine_gradients",
+            )
+        ),
+    ),
+    "torch": ("torch", "whole", ("sse_tune.templates.torch.whole",)),
+}
+BACKENDS = tuple(_BACKENDS)
+
+
+@functools.lru_cache(maxsize=None)
+def templates_of(backend: str) -> tuple[Template, ...]:
+    """All templates of a backend; loads its compiler.
+
+    Raises:
+        PlanError: no such backend.
+        DeviceError: its package is not installed.
+    """
+    if backend not in _BACKENDS:
+        raise PlanError("the backend must be known", f"{backend!r}", f"choose one of {', '.join(_BACKENDS)}")
+    package, _, modules = _BACKENDS[backend]
+    if importlib.util.find_spec(package) is None:
+        raise DeviceError(f"the backend {backend!r} needs the package {package!r}", "none installed", f"pip install {package}")
+    return tuple(importlib.import_module(module).TEMPLATE for module in modules)
+
+
+def find_template(backend: str, name: str) -> Template:
+    """Raises PlanError when the backend has no template of that name."""
+    for template in templates_of(backend):
+        if template.name == name:
+            return template
+    known = ", ".join(template.name for template in templates_of(backend))
+    raise PlanError(f"the template must be one of {backend}'s", f"{name!r}", f"choose one of {known}")
+
+
+def templates_for(stage: str, problem: Problem, backends: tuple[str, ...]) -> tuple[Template, ...]:
+    """The templates that can run a stage of a problem."""
+    return tuple(
+        template
+        for backend in backends
+        for template in templates_of(backend)
+        if template.stage == stage and problem.rule in template.rules
+    )
+
+
+def graph_of(backend: str) -> str:
+    return _BACKENDS[backend][1]
+
+
+def default_backend(device: Device) -> str:
+    """The backend that runs when nothing is tuned: Triton on a GPU, torch on a CPU."""
+    return "triton" if device.kind == "cuda" else "torch"
+
+
+@functools.lru_cache(maxsize=1024)
+def default_plan(problem: Problem, device: Device, backend: str | None = None, outer: Config | None = None) -> Plan:
+    """The declared defaults, moved to the nearest config that passes the constraints of this problem and device.
+
+    Raises:
+        ConstraintError: a stage has no config that passes.
+    """
+    backend = backend or default_backend(device)
+    graph = graph_of(backend)
+    outer = outer if outer is not None else GRAPHS[graph].default(problem, device)
+    stages = {}
+    for stage in stage_names(graph, problem):
+        candidates = templates_for(stage, problem, (backend,))
+        if not candidates:
+            raise PlanError("every stage needs a template", f"{stage!r} of {backend}", "use another backend")
+        template = candidates[0]
+        stages[stage] = StageChoice(backend, template.name, template.space.default(problem, device, outer))
+    return Plan(graph, outer, stages)
+
+
+def validate_plan(plan: Plan, problem: Problem, device: Device) -> None:
+    """Raises PlanError or ConstraintError when a plan cannot run this problem on this device."""
+    needed = stage_names(plan.graph, problem)
+    if set(plan.stages) != set(needed):
+        raise PlanError(
+            f"a plan of graph {plan.graph!r} chooses exactly the stages {list(needed)}", str(sorted(plan.stages)),
+            "search again for this problem",
+        )
+    GRAPHS[plan.graph].validate(problem, plan.outer, device)
+    for stage, choice in plan.stages.items():
+        template = find_template(choice.backend, choice.template)
+        if template.stage != stage or problem.rule not in template.rules:
+            raise PlanError(
+                "a stage's template must be one written for it",
+                f"{choice.template!r} for stage {stage!r} and rule {problem.rule!r}",
+                "search again for this problem",
+            )
+        template.space.validate(problem, choice.config, device, plan.outer)
+
+
+__all__ = [
+    "BACKENDS", "Call", "ConstraintError", "Launcher", "Template", "default_backend", "default_plan", "find_template",
+    "graph_of", "templates_for", "templates_of", "validate_plan",
+]

@@ -1,0 +1,304 @@
+"""The stage graph: which stages compute a problem, and the buffers they hand each other. The contract of backends.
+
+Words: R = B·T tokens, L lanes (rows a token takes part in: the shared one first, then one per chosen partition),
+P partitions with the shared one, S sequences, C chunk size. A *segment* is the rows of one (sequence, partition) in
+time order: segments 0..S-1 are the shared ones, then S + s·N + p. Segments are padded to whole chunks, so chunk c
+holds rows c·C .. c·C+C-1; a row belongs to a *slot* token·L + lane, or to nothing (-1, padding).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from sse_tune.errors import PlanError
+from sse_tune.problem import Problem
+from sse_tune.space import Config, Constraint, Param, Space
+
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The numbers every stage of one call needs, all known on the host without looking at the data."""
+
+    problem: Problem
+    chunk_size: int
+
+    @property
+    def tokens(self) -> int:
+        return self.problem.batch * self.problem.seq_len
+
+    @property
+    def rows(self) -> int:
+        """Rows before padding, M = R·L."""
+        return self.tokens * self.problem.lanes
+
+    @property
+    def segments(self) -> int:
+        return self.problem.sequences * self.problem.partitions
+
+    @property
+    def chunks(self) -> int:
+        """The static bound on chunks: surplus ones stay empty. No segment has more padding than C-1 rows."""
+        return max(1, (self.rows + self.segments * (self.chunk_size - 1)) // self.chunk_size)
+
+    @property
+    def padded_rows(self) -> int:
+        return self.chunks * self.chunk_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Buffer:
+    """A named tensor between stages; `dtype` "io" is the problem's own, "state" the plan's stored-state dtype."""
+
+    name: str
+    dtype: str
+    shape: Callable[[Sizes], tuple[int, ...]]
+    doc: str
+
+    def dtype_in(self, problem: Problem, outer: Config) -> str:
+        if self.dtype == "state":
+            return problem.dtype if outer["state_dtype"] == "io" else "fp32"
+        return problem.dtype if self.dtype == "io" else self.dtype
+
+    def bytes(self, sizes: Sizes, outer: Config) -> int:
+        count = 1
+        for extent in self.shape(sizes):
+            count *= extent
+        return count * ITEM_BYTES[self.dtype_in(sizes.problem, outer)]
+
+
+def _gate_rows(s: Sizes) -> tuple[int, ...]:
+    p = s.problem
+    per_row = (s.chunks, p.num_heads, s.chunk_size)
+    return per_row if p.rule == "gdn" else (s.padded_rows, p.num_heads, p.key_dim)
+
+
+def _states(s: Sizes) -> tuple[int, ...]:
+    return (s.chunks, s.problem.num_heads, s.problem.key_dim, s.problem.value_dim)
+
+
+def _scalars(s: Sizes) -> tuple[int, ...]:
+    return (s.chunks, s.problem.num_heads, s.chunk_size)
+
+
+def _value_tiles(s: Sizes) -> tuple[int, ...]:
+    return (s.chunks, s.problem.num_heads, s.chunk_size, s.problem.value_dim)
+
+
+def _value_rows(s: Sizes) -> tuple[int, ...]:
+    return (s.padded_rows, s.problem.num_heads, s.problem.value_dim)
+
+
+def _key_rows(s: Sizes) -> tuple[int, ...]:
+    return (s.padded_rows, s.problem.num_heads, s.problem.key_dim)
+
+
+BUFFERS: dict[str, Buffer] = {
+    buffer.name: buffer
+    for buffer in (
+        # routing
+        Buffer("weights", "fp32", lambda s: (s.tokens, s.problem.lanes), "router weight of each slot; 1 if shared"),
+        Buffer("chosen", "int32", lambda s: (s.tokens, s.problem.lanes), "partition of each slot; the shared lane: 0"),
+        Buffer("perm", "int32", lambda s: (s.padded_rows,), "slot of each row, -1 in the padding"),
+        Buffer("inv", "int32", lambda s: (s.tokens, s.problem.lanes), "row of each slot"),
+        Buffer("segment_chunks", "int32", lambda s: (s.segments + 1,), "first chunk of each segment"),
+        Buffer("chunk_segment", "int32", lambda s: (s.chunks,), "segment of each chunk, -1 in surplus ones"),
+        # forward
+        Buffer("k_scale", "fp32", _scalars, "a: what multiplies k; 0 for rows that do not write and in padding"),
+        Buffer("q_scale", "fp32", _scalars, "c: what multiplies q; 0 for rows that do not read and in padding"),
+        Buffer("g_cumsum", "fp32", _scalars, "GDN: b, inclusive in-chunk sum of the log-gates"),
+        Buffer("A", "io", lambda s: (*_scalars(s), s.chunk_size), "GDN: (I+N)^-1; GLA: the scaled in-chunk scores"),
+        Buffer("o_rows", "io", _value_rows, "output of each row"),
+        # backward
+        Buffer("h", "state", _states, "state before each chunk"),
+        Buffer("v_new", "io", _value_tiles, "GDN: V', the values the state takes in"),
+        Buffer("dh", "state", _states, "gradient of the state after each chunk"),
+        Buffer("dv_new", "io", _value_tiles, "GDN: gradient of V'"),
+        Buffer("dv_rows", "io", _value_rows, "gradient of v, each row's part"),
+        Buffer("dq_rows", "io", _key_rows, "gradient of q, each row's part"),
+        Buffer("dk_rows", "io", _key_rows, "gradient of k, each row's part"),
+        Buffer("dg_rows", "fp32", _gate_rows, "gradient of g, each row's part"),
+        Buffer("dbeta_rows", "fp32", _scalars, "GDN: gradient of beta, each row's part"),
+        Buffer("de_rows", "fp32", _scalars, "gradient of the router weight, each row's part"),
+    )
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One step: what it reads, what it writes, and the arithmetic it cannot avoid.
+
+    `flops` is per row and head. `reads` and `writes` name buffers of `BUFFERS` or tensors of the call: its inputs,
+    `o`, `final_state`, `do`, `d_final_state`, and `d_` + an input for gradients. Reading q, k, g or beta is reading
+    `shared_q`, ... in shared segments.
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    flops: Callable[[Problem, int], float]
+    backward: bool = False
+
+
+_ROUTES = ("perm", "chunk_segment", "segment_chunks", "weights")
+_QKV = ("q", "k", "v")
+_ROW_GRADIENTS = ("dq_rows", "dk_rows", "dg_rows", "de_rows")
+
+
+def _shared_gradients(problem: Problem) -> tuple[str, ...]:
+    """The always-on stream's gradients, one row a token: `gradients` writes them in place."""
+    if not problem.shared:
+        return ()
+    names = ("d_shared_q", "d_shared_k", "d_shared_g")
+    return names if problem.rule == "gla" else (*names, "d_shared_beta")
+
+
+def _no_flops(p: Problem, c: int) -> float:
+    return 0.0
+
+
+def stages_of(problem: Problem) -> tuple[Stage, ...]:
+    """The staged graph of a problem, in the order the stages run."""
+    gdn = problem.rule == "gdn"
+    beta = ("beta",) if gdn else ()
+    rows = ("A", "k_scale", "g_cumsum") if gdn else ("A", "k_scale", "q_scale", "g")
+    initial, final = ("initial_state",), ("final_state",)
+
+    def key_value(p: Problem) -> float:
+        return float(p.key_dim * p.value_dim)
+
+    forward = (
+        Stage(
+            "routing",
+            ("router_logits", "cu_seqlens"),
+            ("weights", "chosen", "perm", "inv", "segment_chunks", "chunk_segment"),
+            _no_flops,
+        ),
+        Stage(
+            "prepare",
+            (*_ROUTES, "k", "g", "beta") if gdn else (*_ROUTES, "q", "k", "g"),
+            ("A", "k_scale", "g_cumsum") if gdn else ("A", "k_scale", "q_scale"),
+            (lambda p, c: 2 * c * p.key_dim + 2 / 3 * c * c) if gdn else (lambda p, c: 2 * c * p.key_dim),
+        ),
+        Stage(
+            "scan",
+            (*_ROUTES, *_QKV, *beta, *rows, *initial),
+            ("o_rows", *final, *(("q_scale",) if gdn else ())),
+            (lambda p, c: 6 * key_value(p) + 2 * c * p.key_dim + 4 * c * p.value_dim)
+            if gdn
+            else (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim),
+        ),
+        Stage("combine", ("inv", "o_rows"), ("o",), _no_flops),
+    )
+    if not problem.trains:
+        return forward
+    backward = (
+        Stage(
+            "recompute",
+            (*_ROUTES, "k", "v", *beta, *rows, *initial),
+            ("h", "v_new") if gdn else ("h",),
+            (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim) if gdn else (lambda p, c: 2 * key_value(p)),
+            backward=True,
+        ),
+        Stage(
+            "state_gradient",
+            (*_ROUTES, "q", "k", "do", *beta, *rows, "q_scale", "d_final_state"),
+            ("dh", "dv_rows", "d_initial_state", *(("dv_new",) if gdn else ())),
+            (lambda p, c: 6 * key_value(p) + 2 * c * p.key_dim + 4 * c * p.value_dim)
+            if gdn
+            else (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim),
+            backward=True,
+        ),
+        Stage(
+            "gradients",
+            (*_ROUTES, *_QKV, "do", *beta, *rows, "q_scale", "h", "dh", *(("v_new", "dv_new", "dv_rows") if gdn else ())),
+            (*_ROW_GRADIENTS, *(("dbeta_rows",) if gdn else ()), *_shared_gradients(problem)),
+            (lambda p, c: 8 * key_value(p) + 4 * c * p.value_dim + 10 * c * p.key_dim + 4 * c * c)
+            if gdn
+            else (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim + 4 * c * p.key_dim),
+            backward=True,
+        ),
+        Stage(
+            "combine_gradients",
+            ("inv", "chosen", "router_logits", "dv_rows", *_ROW_GRADIENTS, *(("dbeta_rows",) if gdn else ())),
+            ("d_v", *(("d_q", "d_k", "d_g", *(("d_beta",) if gdn else ()), "d_router_logits") if problem.num_partitions else ())),
+            _no_flops,
+            backward=True,
+        ),
+    )
+    return forward + backward
+
+
+STAGED_OUTER = Space(
+    params=(
+        Param("chunk_size", (16, 32, 64, 128), 64, "C, rows of one chunk"),
+        Param("state_dtype", ("io", "fp32"), "io", "of the stored chunk states: the problem's dtype, or fp32"),
+    ),
+    constraints=(
+        # every row tile is held in registers next to the state: C·K fp32 beyond this spills on all targets
+        Constraint("chunk_size * K <= 16384", lambda p, c, d: c["chunk_size"] * p.head_dim <= 16384),
+        Constraint("C=128 needs 16-bit operands", lambda p, c, d: c["chunk_size"] < 128 or p.dtype != "fp32"),
+        Constraint("fp32 states differ from io only for 16-bit dtypes in training",
+                   lambda p, c, d: c["state_dtype"] == "io" or (p.dtype != "fp32" and p.trains)),
+    ),
+)
+
+WHOLE_OUTER = Space()
+
+# graph name -> the outer space its plans choose from
+GRAPHS: dict[str, Space] = {"staged": STAGED_OUTER, "whole": WHOLE_OUTER}
+
+
+def stage_names(graph: str, problem: Problem) -> tuple[str, ...]:
+    """The stages a plan of this graph must choose a template for; "whole" is one stage that does everything."""
+    if graph == "whole":
+        return ("whole",)
+    if graph == "staged":
+        return tuple(stage.name for stage in stages_of(problem))
+    raise PlanError("the stage graph must be known", f"{graph!r}", f"use one of {', '.join(GRAPHS)}")
+
+
+def stage_flops(stage: Stage, problem: Problem, chunk_size: int) -> float:
+    """FLOPs of a stage over all rows and heads, padding not counted."""
+    rows = problem.batch * problem.seq_len * problem.lanes
+    return stage.flops(problem, chunk_size) * rows * problem.num_heads
+
+
+def stage_bytes(stage: Stage, problem: Problem, outer: Config) -> int:
+    """Bytes a stage must move: every input and output once, gathered rows once per row."""
+    sizes = Sizes(problem, int(outer["chunk_size"]))
+    item = ITEM_BYTES[problem.dtype]
+    row_heads = sizes.rows * problem.num_heads
+    token_heads = sizes.tokens * problem.num_heads
+    gate_width = problem.key_dim if problem.rule == "gla" else 1
+    states = sizes.segments * problem.num_heads * problem.key_dim * problem.value_dim * 4
+    logits = sizes.tokens * problem.num_partitions * 4
+    per_row = {
+        "q": problem.key_dim * item, "k": problem.key_dim * item, "v": problem.value_dim * item,
+        "do": problem.value_dim * item, "g": gate_width * item, "beta": item,
+    }
+    per_token = {
+        "o": problem.value_dim * item, "d_v": problem.value_dim * item,
+    }
+    for stream in ("d_", "d_shared_"):
+        per_token |= {
+            f"{stream}q": problem.key_dim * item, f"{stream}k": problem.key_dim * item,
+            f"{stream}g": gate_width * item, f"{stream}beta": item,
+        }
+    whole = {
+        "router_logits": logits, "d_router_logits": logits, "cu_seqlens": 4 * (problem.sequences + 1),
+        "initial_state": states, "final_state": states, "d_initial_state": states, "d_final_state": states,
+    }
+    total = 0
+    for name in (*stage.reads, *stage.writes):
+        if name in BUFFERS:
+            total += BUFFERS[name].bytes(sizes, outer)
+        elif name in per_row:
+            total += per_row[name] * row_heads
+        elif name in per_token:
+            total += per_token[name] * token_heads
+        else:
+            total += whole[name]
+    return total
