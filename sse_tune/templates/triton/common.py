@@ -1,0 +1,223 @@
+"""What the Triton kernels share: from chunk to rows, roles of rows, row scales, tiles with ragged edges.
+
+Kernel conventions: `i_` index, `o_` offsets, `p_` pointer, `b_` block of values, `m_` mask; capitals are constexpr.
+Offsets of rows are 64-bit: R·H·K passes 2**31 from a million tokens on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import triton
+import triton.language as tl
+
+from sse_tune.problem import Problem
+from sse_tune.space import Config, Constraint
+from sse_tune.templates.registry import Call
+from sse_tune.templates.stages import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import torch
+
+MODULE = "sse_tune.templates.triton.common"
+
+
+def block_of(size: int) -> int:
+    """The power of two, at least 16, that a tile over `size` takes: what tl.dot and tl.arange ask for."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def dot_precision(problem: Problem) -> str:
+    """`input_precision` of the dots: fp32 operands keep fp32 accuracy in three tf32 products."""
+    return "tf32x3" if problem.dtype == "fp32" else "tf32"
+
+
+def row_arguments(call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The arguments every chunk kernel takes: the row table and the constants of the problem."""
+    problem = call.sizes.problem
+    return dict(
+        perm=tensors["perm"],
+        weights=tensors["weights"],
+        n_shared=problem.sequences if problem.shared else 0,
+        H=problem.num_heads,
+        K=problem.key_dim,
+        C=call.sizes.chunk_size,
+        L=problem.lanes,
+        WRITERS=int(problem.shared) + problem.top_k,
+        READERS=int(problem.shared) + problem.readers,
+        NORM=problem.norm,
+        PRECISION=dot_precision(problem),
+    )
+
+
+def streams(tensors: Mapping[str, torch.Tensor], *names: str) -> dict[str, Any]:
+    """The sparse and the always-on stream's tensor of each name."""
+    return {full: tensors[full] for name in names for full in (name, f"shared_{name}")}
+
+
+def state_arguments(call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What the forward scans take: the segment table, and the states where there are any."""
+    problem = call.sizes.problem
+    stand_in = tensors["weights"]  # never read: a pointer must be some tensor's
+    return dict(
+        segment_chunks=tensors["segment_chunks"],
+        initial_state=tensors.get("initial_state", stand_in),
+        final_state=tensors.get("final_state", stand_in),
+        n_sequences=problem.sequences,
+        P=problem.partitions,
+        HAS_SHARED=problem.shared,
+        HAS_INITIAL="initial_state" in tensors,
+        HAS_FINAL="final_state" in tensors,
+    )
+
+
+def state_gradient_arguments(call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The same for the backward walk."""
+    problem = call.sizes.problem
+    stand_in = tensors["weights"]
+    return dict(
+        segment_chunks=tensors["segment_chunks"],
+        d_final_state=tensors.get("d_final_state", stand_in),
+        d_initial_state=tensors.get("d_initial_state", stand_in),
+        n_sequences=problem.sequences,
+        P=problem.partitions,
+        HAS_SHARED=problem.shared,
+        HAS_INITIAL="d_initial_state" in tensors,
+        HAS_FINAL="d_final_state" in tensors,
+    )
+
+
+def shared_gradients(tensors: Mapping[str, torch.Tensor], *names: str) -> dict[str, Any]:
+    """The always-on stream's gradients; the sparse rows' buffers stand in, never written, when there is none."""
+    return {f"d_shared_{name}": tensors.get(f"d_shared_{name}", tensors[f"d{name}_rows"]) for name in names}
+
+
+def item_bytes(problem: Problem) -> int:
+    return ITEM_BYTES[problem.dtype]
+
+
+def scan_smem_bytes(problem: Problem, config: Config, row_tiles: int, tiles: int) -> int:
+    """Shared memory a walk along a segment asks for: `row_tiles` tiles C·K and `tiles` tiles C·BV for each chunk in
+    flight, the C·C operands, and the state as an operand."""
+    c, bk = int(config["chunk_size"]), block_of(problem.key_dim)
+    bv = min(int(config["block_v"]), block_of(problem.value_dim))
+    flight = int(config["num_stages"]) * (row_tiles * c * bk + tiles * c * bv + c * c)
+    return item_bytes(problem) * (flight + bk * bv + c * c + 2 * c * bv) + 4096
+
+
+def scan_constraints(row_tiles: int, tiles: int = 1) -> tuple[Constraint, ...]:
+    """The constraints of a kernel that keeps block_v columns of a state in registers."""
+    return (
+        Constraint("block_v <= V, or the smallest block",
+                   lambda p, c, d: c["block_v"] == 16 or c["block_v"] <= block_of(p.value_dim)),
+        # beyond 128 fp32 a thread the state alone spills
+        Constraint("K * block_v / (32 * num_warps) <= 128",
+                   lambda p, c, d: block_of(p.key_dim) * c["block_v"] <= 128 * 32 * c["num_warps"]),
+        Constraint("the tiles in flight fit in shared memory",
+                   lambda p, c, d: scan_smem_bytes(p, c, row_tiles, tiles) <= d.smem_per_block_bytes),
+    )
+
+
+@triton.jit
+def chunk_rows(perm, i_c, C: tl.constexpr, L: tl.constexpr):
+    """Slots, tokens (64-bit, 0 in the padding), lanes and mask of a chunk's rows."""
+    b_slot = tl.load(perm + i_c.to(tl.int64) * C + tl.arange(0, C))
+    m_row = b_slot >= 0
+    b_slot = tl.where(m_row, b_slot, 0)
+    b_token = b_slot // L
+    return b_slot, b_token.to(tl.int64), b_slot - b_token * L, m_row
+
+
+@triton.jit
+def row_scale(b_square, b_weight, NORM: tl.constexpr):
+    """What multiplies a row of k (or q, then times `scale`), from its squared norm and router weight."""
+    if NORM == "none":
+        return b_weight
+    elif NORM == "after":
+        return b_weight * tl.rsqrt(b_square + 1e-6)
+    else:
+        return b_weight * tl.rsqrt(b_weight * b_weight * b_square + 1e-6)
+
+
+@triton.jit
+def row_scale_gradient(b_x, b_row, b_scale, b_weight, m_role, NORM: tl.constexpr):
+    """From X, the gradient of the scaled row, to the gradients of the row and of its router weight.
+
+    `b_scale` is `row_scale` of the row, without the attention scale. Never divides by the weight, which may be 0.
+    """
+    b_square = tl.sum(b_row * b_row, 1)
+    b_dot = tl.sum(b_x * b_row, 1)
+    if NORM == "none":
+        b_grad = b_scale[:, None] * b_x
+        b_weight_grad = b_dot
+    elif NORM == "after":
+        b_rho = tl.rsqrt(b_square + 1e-6)
+        b_grad = b_scale[:, None] * (b_x - (b_rho * b_rho * b_dot)[:, None] * b_row)
+        b_weight_grad = b_rho * b_dot
+    else:
+        b_rho = tl.rsqrt(b_weight * b_weight * b_square + 1e-6)
+        b_grad = b_scale[:, None] * (b_x - (b_scale * b_scale * b_dot)[:, None] * b_row)
+        b_weight_grad = b_dot * 1e-6 * b_rho * b_rho * b_rho
+    return b_grad, tl.where(m_role, b_weight_grad, 0.0)
+
+
+@triton.jit
+def load_rows(p_base, b_row, m_row, o_d, D: tl.constexpr, BD: tl.constexpr):
+    """A tile of rows of D contiguous values; rows masked off and columns past D read 0."""
+    p_tile = p_base + b_row[:, None] * D + o_d[None, :]
+    if D % BD == 0:
+        return tl.load(p_tile, mask=m_row[:, None], other=0.0)
+    else:
+        return tl.load(p_tile, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+
+
+@triton.jit
+def store_rows(p_base, b_tile, b_row, m_row, o_d, D: tl.constexpr, BD: tl.constexpr):
+    """The inverse of `load_rows`."""
+    p_tile = p_base + b_row[:, None] * D + o_d[None, :]
+    if D % BD == 0:
+        tl.store(p_tile, b_tile.to(p_base.dtype.element_ty), mask=m_row[:, None])
+    else:
+        tl.store(p_tile, b_tile.to(p_base.dtype.element_ty), mask=m_row[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def load_state(p_base, i_state, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+    """Tile [BK, BV] of state number `i_state` (64-bit) of a [*, K, V] tensor."""
+    p_tile = p_base + i_state * (K * V) + o_k[:, None] * V + o_v[None, :]
+    return tl.load(p_tile, mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
+
+
+@triton.jit
+def store_state(p_base, b_state, i_state, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+    """The inverse of `load_state`."""
+    p_tile = p_base + i_state * (K * V) + o_k[:, None] * V + o_v[None, :]
+    tl.store(p_tile, b_state.to(p_base.dtype.element_ty), mask=(o_k < K)[:, None] & (o_v < V)[None, :])
+
+
+@triton.jit
+def state_index(i_seg, n_sequences, P: tl.constexpr, HAS_SHARED: tl.constexpr):
+    """Where a segment's state lies in [S, P, H, K, V]: segments 0..S-1 are the shared partition of each sequence."""
+    if HAS_SHARED:
+        if P == 1:
+            return i_seg
+        else:
+            i_sparse = i_seg - n_sequences
+            i_s = i_sparse // (P - 1)
+            return tl.where(i_seg < n_sequences, i_seg * P, i_s * P + 1 + (i_sparse - i_s * (P - 1)))
+    else:
+        return i_seg
+
+
+@triton.jit
+def decay(b_to, b_from, m_pair):
+    """e^(to - from) where the mask holds, else 0; masked first, so that no exponent is above 0."""
+    return tl.where(m_pair, tl.exp(tl.where(m_pair, b_to - b_from, 0.0)), 0.0)
+
+
+@triton.jit
+def log_gate(b_g, m_write):
+    """The log-gate of rows that write, 0 for the others. Below -128 e^g is 0 in fp32 either way, and a bounded
+    gate keeps the digits of the sums it enters."""
+    return tl.where(m_write, tl.maximum(b_g.to(tl.float32), -128.0), 0.0)
