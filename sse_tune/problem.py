@@ -269,5 +269,5 @@ PRESETS: dict[str, dict[str, object]] = {
         rule="gdn", num_heads=6, head_dim=256, head_dim_v=512, num_partitions=4, top_k=1, norm="before"
     ),
     "sse-gla-128": dict(rule="gla", num_heads=16, head_dim=128, num_partitions=4, top_k=1),
-    "demo": dict(rule="gdn", seq_len=1024, num_heads=4, head_dim=32, norm="after", dtype="fp32"),
+    "demo": dict(rule="gdn", seq_len=1024, num_heads=8, head_dim=16, norm="after", dtype="fp32"),
 }

@@ -68,6 +68,10 @@ class Template:
         """Sixteen hex digits over the code of the template's modules; comments and docstrings do not count."""
         return source_hash(self.sources)
 
+    def __reduce__(self) -> tuple:
+        # constraints are lambdas, which do not pickle: a template travels to a worker process by its name
+        return find_template, (self.backend, self.name)
+
 
 @functools.lru_cache(maxsize=None)
 def source_hash(modules: tuple[str, ...]) -> str:

@@ -53,7 +53,7 @@ def router_gradient_kernel(
     o_n = tl.arange(0, BN)
     o_h = tl.arange(0, BH)
     m_t = o_t < R
-    b_raw, _, b_e = router_softmax(router_logits, o_t, m_t, N, BN)
+    b_raw, b_x, b_e = router_softmax(router_logits, o_t, m_t, N, BN)
     b_de = tl.zeros((BT, BN), tl.float32)
     for lane in range(HAS_SHARED, L):
         o_slot = o_t.to(tl.int64) * L + lane
@@ -118,7 +118,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             HAS_SHARED=shared,
             BT=ROUTER_BLOCK_T,
         ),
-        num_warps=4,
+        num_warps=1,
         num_stages=1,
     )
 

@@ -111,9 +111,12 @@ def scan_constraints(row_tiles: int, tiles: int = 1) -> tuple[Constraint, ...]:
     return (
         Constraint("block_v <= V, or the smallest block",
                    lambda p, c, d: c["block_v"] == 16 or c["block_v"] <= block_of(p.value_dim)),
-        # beyond 128 fp32 a thread the state alone spills
-        Constraint("K * block_v / (32 * num_warps) <= 128",
-                   lambda p, c, d: block_of(p.key_dim) * c["block_v"] <= 128 * 32 * c["num_warps"]),
+        # beyond 64 fp32 a thread the state and the products beside it spill
+        Constraint("K * block_v / (32 * num_warps) <= 64, or the smallest block and 8 warps",
+                   lambda p, c, d: (c["block_v"] == 16 and c["num_warps"] == 8)
+                   or block_of(p.key_dim) * c["block_v"] <= 64 * 32 * c["num_warps"]),
+        # Triton 3.6 for sm_90 addresses shared memory out of range otherwise: docs/log.md, 2026-11-24
+        Constraint("block_v >= 64 or num_stages >= 2", lambda p, c, d: c["block_v"] >= 64 or c["num_stages"] >= 2),
         Constraint("the tiles in flight fit in shared memory",
                    lambda p, c, d: scan_smem_bytes(p, c, row_tiles, tiles) <= d.smem_per_block_bytes),
     )

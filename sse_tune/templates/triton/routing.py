@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SPACE = Space(
     params=(
-        Param("block_t", (16, 32, 64, 128, 256), 64, "tokens per block"),
+        Param("block_t", (16, 32, 64, 128, 256), 128, "tokens per block"),
         Param("num_warps", (1, 2, 4, 8), 4, "warps per block"),
     ),
     constraints=(
@@ -81,7 +81,7 @@ def choose_kernel(
         tl.store(weights + o_slot, tl.full((BT,), 1.0, tl.float32), mask=m_t)
         tl.store(chosen + o_slot, tl.zeros((BT,), tl.int32), mask=m_t)
     if N > 0:
-        _, b_x, b_e = router_softmax(router_logits, o_t, m_t, N, BN)
+        b_raw, b_x, b_e = router_softmax(router_logits, o_t, m_t, N, BN)
         b_key = tl.where(b_x == b_x, b_x, -FLOAT_MAX)
         b_taken = tl.zeros((BT, BN), tl.int32)
         for lane in range(HAS_SHARED, L):
@@ -95,7 +95,7 @@ def choose_kernel(
         # the ranks need the counts of all lanes, so the choice is made a second time rather than kept
         b_taken = tl.zeros((BT, BN), tl.int32)
         for lane in range(HAS_SHARED, L):
-            _, m_p = next_partition(b_key, b_taken, N, BN)
+            b_p, m_p = next_partition(b_key, b_taken, N, BN)
             b_taken += m_p.to(tl.int32)
             tl.store(rank + o_slot + lane, tl.sum(tl.where(m_p, b_before, 0), 1), mask=m_t)
 

@@ -1,0 +1,117 @@
+"""What the GLA kernels share: gates along a chunk, and the exact product of decays e^(b_i - b_j) by halves.
+
+b falls along a chunk, so e^(b_i - b_j) for i > j is at most 1 but e^(-b_j) alone overflows. Split a block of S rows in
+two halves and let r be b at the last row of the first: for i in the second and j in the first
+
+    e^(b_i - b_j) = e^(b_i - r) e^(r - b_j),   both exponents at most 0 for any gates.
+
+One tile E_S, e^(b - r) in second halves and e^(r - b) in first ones, serves all blocks of S rows at once, as factors of
+a dot of which only the pairs (second half, first half) of one block are kept. S = C, C/2, ..., 2 cover every pair i > j
+once; pairs i = j have no decay. So there is nothing to clamp, and no loop over rows. Blocks of MIDPOINT_ROWS rows may
+instead take one reference in their middle, where exponents of both signs stay within MIDPOINT_NATS.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from sse_tune.problem import Problem
+from sse_tune.space import Config, Constraint
+from sse_tune.templates.registry import Call
+from sse_tune.templates.triton.common import block_of, item_bytes, load_rows, log_gate
+
+MODULE = "sse_tune.templates.triton.gla_common"
+
+MIDPOINT_ROWS = tl.constexpr(16)
+MIDPOINT_NATS = tl.constexpr(40.0)  # e^80, the largest product, times any operands is a finite fp32
+
+
+def walk_smem_bytes(problem: Problem, config: Config, key_tiles: int) -> int:
+    """Shared memory a walk along a segment asks for: `key_tiles` tiles C·K of q and k, one of fp32 gates, one of C·BV
+    and one of C·C for each chunk in flight, then the dots' operands."""
+    c, bk, item = int(config["chunk_size"]), block_of(problem.key_dim), item_bytes(problem)
+    bv = min(int(config["block_v"]), block_of(problem.value_dim))
+    flight = int(config["num_stages"]) - 1
+    operands = item * (key_tiles * c * bk + bk * bv + c * bv + c * c)
+    return flight * ((key_tiles * item + 4) * c * bk + item * (c * bv + c * c)) + operands + 4096
+
+
+def walk_constraints(key_tiles: int) -> tuple[Constraint, ...]:
+    """The constraints of a kernel that walks along a segment with block_v columns of a state in registers."""
+    return (
+        Constraint("block_v <= V, or the smallest block",
+                   lambda p, c, d: c["block_v"] == 16 or c["block_v"] <= block_of(p.value_dim)),
+        # beyond 128 fp32 a thread the state alone spills
+        Constraint("K * block_v / (32 * num_warps) <= 128",
+                   lambda p, c, d: block_of(p.key_dim) * c["block_v"] <= 128 * 32 * c["num_warps"]),
+        # b, an exponential and the rows are held at once, in fp32
+        Constraint("chunk_size * K / (32 * num_warps) <= 64",
+                   lambda p, c, d: c["chunk_size"] * block_of(p.key_dim) <= 64 * 32 * c["num_warps"]),
+        Constraint("the tiles in flight fit in shared memory",
+                   lambda p, c, d: walk_smem_bytes(p, c, key_tiles) <= d.smem_per_block_bytes),
+    )
+
+
+def split_arguments(call: Call) -> dict[str, Any]:
+    """How the pairs of a chunk are taken: SPLITS levels of halves, or MIDPOINT_SPLITS and then about the middles."""
+    splits = call.sizes.chunk_size.bit_length() - 1
+    return dict(
+        MIDPOINT=call.config["diagonal"] == "midpoint",
+        SPLITS=splits,
+        MIDPOINT_SPLITS=splits - (MIDPOINT_ROWS.value.bit_length() - 1),
+    )
+
+
+@triton.jit
+def gate_sums(p_g, b_head, m_write, o_k, K: tl.constexpr, BK: tl.constexpr):
+    """b, the sum of log-gates up to and with each row of a chunk; rows that do not write keep the state."""
+    b_g = load_rows(p_g, b_head, m_write, o_k, K, BK)
+    return tl.cumsum(log_gate(b_g, m_write[:, None]), 0)
+
+
+@triton.jit
+def last_row(b_tile, C: tl.constexpr):
+    """The last of C rows, [BK]."""
+    return tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b_tile, 0.0), 0)
+
+
+@triton.jit
+def from_row(b_b, C: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, ROW: tl.constexpr):
+    """b less its value at row ROW of the block of S rows: [C / S, S, BK]."""
+    b_blocks = tl.reshape(b_b, (C // S, S, BK))
+    m_ref = tl.arange(0, S)[None, :, None] == ROW
+    return b_blocks - tl.sum(tl.where(m_ref, b_blocks, 0.0), 1, keep_dims=True)
+
+
+@triton.jit
+def half_decay(b_b, C: tl.constexpr, BK: tl.constexpr, S: tl.constexpr):
+    """E_S of the module's docstring, [C, BK]."""
+    b_x = from_row(b_b, C, BK, S, S // 2 - 1)
+    m_second = tl.arange(0, S)[None, :, None] >= S // 2
+    return tl.exp(tl.reshape(tl.where(m_second, b_x, -b_x), (C, BK)))
+
+
+@triton.jit
+def half_pairs(C: tl.constexpr, S: tl.constexpr):
+    """[C, C], where two rows lie in the same block of S rows but in different halves."""
+    o_c = tl.arange(0, C)
+    m_block = (o_c // S)[:, None] == (o_c // S)[None, :]
+    return m_block & ((o_c // (S // 2))[:, None] != (o_c // (S // 2))[None, :])
+
+
+@triton.jit
+def mid_exponent(b_b, C: tl.constexpr, BK: tl.constexpr):
+    """b less its value in the middle of each block of MIDPOINT_ROWS rows, [C, BK]: of both signs."""
+    return tl.reshape(from_row(b_b, C, BK, MIDPOINT_ROWS, MIDPOINT_ROWS // 2 - 1), (C, BK))
+
+
+@triton.jit
+def wide_operand(b_x, dtype: tl.constexpr):
+    """An operand with the range of fp32: fp16 has not got it, so the dot takes fp32, that is tf32."""
+    if dtype == tl.float16:
+        return b_x.to(tl.float32)
+    else:
+        return b_x.to(dtype)

@@ -1,0 +1,282 @@
+"""GLA gradients: those of q, k, the gates and the router weight, one block per chunk and head.
+
+With h the state before the chunk, dh the gradient of the one after, q̂ = c q, k̂ = a k, and Xq, Xk their gradients:
+
+    dA = tril(dO Vᵀ)
+    Xq = e^b (dO hᵀ) + Σ_j dA_ij k̂_j e^(b_i - b_j)      Xk = e^(b_C - b) (V dhᵀ) + Σ_i dA_ij q̂_i e^(b_i - b_j)
+    db = q̂ Xq - k̂ Xk,  db_C += Σ_j k̂ e^(b_C - b) (V dhᵀ) + e^(b_C) Σ_v h dh,   dg_i = Σ_(t >= i) db_t
+
+The pairs i > j are taken by halves (gla_common): with E the level's decays and Z = E q̂ in second halves, E k̂ in first
+ones, a single product Y = (dA + dAᵀ) Z over the level's pairs gives E Y, the part of Xq in second halves and of Xk in
+first ones, and ±Z Y, the part of db. Both sides of a pair so enter db with the same rounded factors and cancel where
+they must; pairs i = j, which have no decay, stay out of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from sse_tune.problem import Problem
+from sse_tune.space import Config, Constraint, Param, Space
+from sse_tune.templates.registry import Call, Template
+from sse_tune.templates.triton import common, gla_common
+from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, load_state, store_rows
+from sse_tune.templates.triton.gla_common import (
+    MIDPOINT_NATS,
+    MIDPOINT_ROWS,
+    gate_sums,
+    half_decay,
+    half_pairs,
+    last_row,
+    mid_exponent,
+    wide_operand,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+def smem_bytes(problem: Problem, config: Config) -> int:
+    """do, v, h and dh in flight, or the dots' operands."""
+    c, item = int(config["chunk_size"]), common.item_bytes(problem)
+    bk = min(int(config["block_k"]), block_of(problem.key_dim))
+    bv = min(int(config["block_v"]), block_of(problem.value_dim))
+    state = 4 if config["state_dtype"] == "fp32" else item
+    wide = max(item, 4 if problem.dtype == "fp16" else 0)
+    tiles = max(1, int(config["num_stages"]) - 1) * (2 * item * c * bv + 2 * state * bk * bv)
+    return max(tiles, wide * (2 * c * bk + 2 * c * c), 8 * c * bk) + 4096
+
+
+SPACE = Space(
+    params=(
+        Param("block_k", (32, 64, 128, 256), 128, "columns of K at a time"),
+        Param("block_v", (16, 32, 64, 128), 64, "columns of V at a time"),
+        Param("diagonal", ("exact", "midpoint"), "midpoint",
+              "blocks of 16 rows: by halves, or about their middle where the gates allow"),
+        Param("num_warps", (2, 4, 8), 8, "warps per block"),
+        Param("num_stages", (1, 2, 3), 2, "tiles of V in flight"),
+    ),
+    constraints=(
+        Constraint("block_k <= K, or the smallest block",
+                   lambda p, c, d: c["block_k"] == 32 or c["block_k"] <= block_of(p.key_dim)),
+        Constraint("block_v <= V, or the smallest block",
+                   lambda p, c, d: c["block_v"] == 16 or c["block_v"] <= block_of(p.value_dim)),
+        # Xq, Xk, db, b, E and Y are held at once
+        Constraint("chunk_size * block_k / (32 * num_warps) <= 32",
+                   lambda p, c, d: c["chunk_size"] * min(c["block_k"], block_of(p.key_dim)) <= 32 * 32 * c["num_warps"]),
+        Constraint("chunk_size * chunk_size / (32 * num_warps) <= 64",
+                   lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
+        Constraint("the tiles fit in shared memory",
+                   lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
+    ),
+)
+
+
+@triton.jit
+def norm_terms(b_dot, b_square, b_weight, NORM: tl.constexpr):
+    """The norm's part of the gradient of a row x with scale s: d_x = s (X - κ x); returns κ and the gradient of the
+    router weight. `b_dot` is X·x, `b_square` x·x. Never divides by the weight, which may be 0."""
+    if NORM == "none":
+        return 0.0 * b_dot, b_dot
+    elif NORM == "after":
+        b_rho = tl.rsqrt(b_square + 1e-6)
+        return b_rho * b_rho * b_dot, b_rho * b_dot
+    else:
+        b_rho = tl.rsqrt(b_weight * b_weight * b_square + 1e-6)
+        return (b_weight * b_rho) * (b_weight * b_rho) * b_dot, b_dot * 1e-6 * b_rho * b_rho * b_rho
+
+
+@triton.jit
+def add_halves(
+    b_xq, b_xk, b_db, b_q, b_k, b_b, b_c, b_a, b_pairs,
+    C: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Adds what pairs in the same block of S rows but in different halves give to Xq, Xk and db."""
+    m_second = ((tl.arange(0, C) % S) >= S // 2)[:, None]
+    b_e = half_decay(b_b, C, BK, S)
+    b_z = wide_operand(b_e * tl.where(m_second, b_q * b_c[:, None], b_k * b_a[:, None]), b_q.dtype)
+    b_level = tl.where(half_pairs(C, S), b_pairs, 0.0).to(b_z.dtype)
+    b_y = tl.dot(b_level, b_z, input_precision=PRECISION)
+    b_zy = b_z.to(tl.float32) * b_y
+    b_db += tl.where(m_second, b_zy, -b_zy)
+    b_y *= b_e
+    return b_xq + tl.where(m_second, b_y, 0.0), b_xk + tl.where(m_second, 0.0, b_y), b_db
+
+
+@triton.jit
+def add_middles(
+    b_xq, b_xk, b_db, b_q, b_k, b_x, b_c, b_a, b_pairs, C: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The same of pairs in the same block of MIDPOINT_ROWS rows; b_x is `mid_exponent`."""
+    o_b = tl.arange(0, C) // MIDPOINT_ROWS
+    m_lower = (o_b[:, None] == o_b[None, :]) & (tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :])
+    b_eq, b_ek = tl.exp(b_x), tl.exp(-b_x)
+    b_zq = wide_operand(b_eq * (b_q * b_c[:, None]), b_q.dtype)
+    b_zk = wide_operand(b_ek * (b_k * b_a[:, None]), b_q.dtype)
+    b_lower = tl.where(m_lower, b_pairs, 0.0).to(b_zq.dtype)
+    b_yq = tl.dot(b_lower, b_zk, input_precision=PRECISION)
+    b_yk = tl.dot(tl.trans(b_lower), b_zq, input_precision=PRECISION)
+    b_db += b_zq.to(tl.float32) * b_yq - b_zk.to(tl.float32) * b_yk
+    return b_xq + b_eq * b_yq, b_xk + b_ek * b_yk, b_db
+
+
+@triton.jit
+def gla_gradients_kernel(
+    q, k, v, g, do, shared_q, shared_k, shared_g, k_scale, q_scale, h, dh, perm, weights, chunk_segment,
+    dq_rows, dk_rows, dg_rows, de_rows, d_shared_q, d_shared_k, d_shared_g, scale, n_shared,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
+    WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, MIDPOINT: tl.constexpr, SPLITS: tl.constexpr, MIDPOINT_SPLITS: tl.constexpr,
+):  # fmt: skip
+    NK: tl.constexpr = (K + BK - 1) // BK
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_h = tl.program_id(0) % H
+    i_c = tl.program_id(0) // H
+    i_seg = tl.load(chunk_segment + i_c)
+    if i_seg < 0:
+        return
+    is_shared = i_seg < n_shared
+    p_q = tl.where(is_shared, shared_q, q)
+    p_k = tl.where(is_shared, shared_k, k)
+    p_g = tl.where(is_shared, shared_g, g)
+    p_dq = tl.where(is_shared, d_shared_q, dq_rows)
+    p_dk = tl.where(is_shared, d_shared_k, dk_rows)
+    o_c = tl.arange(0, C)
+    b_slot, b_token, b_lane, m_row = chunk_rows(perm, i_c, C, L)
+    b_head = b_token * H + i_h
+    i_ch = i_c.to(tl.int64) * H + i_h
+    m_write = m_row & (b_lane < WRITERS)
+    m_read = m_row & (b_lane < READERS)
+    # rows of a shared segment have their gradient at the token, others in the row buffers, padding included
+    b_out = tl.where(is_shared, b_token, i_c.to(tl.int64) * C + o_c) * H + i_h
+    m_out = m_row | (i_seg >= n_shared)
+    b_a = tl.load(k_scale + i_ch * C + o_c)
+    b_c = tl.load(q_scale + i_ch * C + o_c)
+
+    b_dA = tl.zeros((C, C), tl.float32)
+    b_qx = tl.zeros((C,), tl.float32)
+    b_kx = tl.zeros((C,), tl.float32)
+    b_qq = tl.zeros((C,), tl.float32)
+    b_kk = tl.zeros((C,), tl.float32)
+    if NK > 1:
+        for i_v in range(NV):
+            o_v = i_v * BV + tl.arange(0, BV)
+            b_do = load_rows(do, b_head, m_row, o_v, V, BV)  # [C, BV]
+            b_v = load_rows(v, b_head, m_row, o_v, V, BV)  # [C, BV]
+            b_dA += tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    for i_k in range(NK):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_xq = tl.zeros((C, BK), tl.float32)
+        b_xk = tl.zeros((C, BK), tl.float32)
+        b_hdh = tl.zeros((BK,), tl.float32)
+        for i_v in range(NV):
+            o_v = i_v * BV + tl.arange(0, BV)
+            b_do = load_rows(do, b_head, m_row, o_v, V, BV)  # [C, BV]
+            b_v = load_rows(v, b_head, m_row, o_v, V, BV)  # [C, BV]
+            b_h = load_state(h, i_ch, o_k, o_v, K, V)  # [BK, BV]
+            b_dh = load_state(dh, i_ch, o_k, o_v, K, V)  # [BK, BV]
+            if NK == 1:
+                b_dA += tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+            b_xq += tl.dot(b_do.to(b_h.dtype), tl.trans(b_h), input_precision=PRECISION)
+            b_xk += tl.dot(b_v.to(b_h.dtype), tl.trans(b_dh), input_precision=PRECISION)
+            b_hdh += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
+        b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
+        b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
+        b_b = gate_sums(p_g, b_head, m_write, o_k, K, BK)  # [C, BK]
+        b_last = last_row(b_b, C)
+        b_xq *= tl.exp(b_b)
+        b_xk *= tl.exp(b_last[None, :] - b_b)
+        b_y = b_xk * (b_k * b_a[:, None])
+        b_end = tl.sum(b_y, 0) + tl.exp(b_last) * b_hdh
+        b_db = b_xq * (b_q * b_c[:, None]) - b_y + tl.where(o_c[:, None] == C - 1, b_end[None, :], 0.0)
+
+        b_lower = tl.where(o_c[:, None] > o_c[None, :], b_dA, 0.0)
+        b_pairs = b_lower + tl.trans(b_lower)
+        for i_s in tl.static_range(MIDPOINT_SPLITS):
+            b_xq, b_xk, b_db = add_halves(
+                b_xq, b_xk, b_db, b_q, b_k, b_b, b_c, b_a, b_pairs, C, BK, C >> i_s, PRECISION
+            )
+        is_near = False
+        if MIDPOINT:
+            is_near = tl.max(tl.abs(mid_exponent(b_b, C, BK))) <= MIDPOINT_NATS
+        if is_near:
+            b_xq, b_xk, b_db = add_middles(
+                b_xq, b_xk, b_db, b_q, b_k, mid_exponent(b_b, C, BK), b_c, b_a, b_pairs, C, PRECISION
+            )
+        else:
+            for i_s in tl.static_range(MIDPOINT_SPLITS, SPLITS):
+                b_xq, b_xk, b_db = add_halves(
+                    b_xq, b_xk, b_db, b_q, b_k, b_b, b_c, b_a, b_pairs, C, BK, C >> i_s, PRECISION
+                )
+        b_dg = tl.where(m_write[:, None], tl.cumsum(b_db, 0, reverse=True), 0.0)
+        if is_shared:
+            store_rows(d_shared_g, b_dg, b_out, m_out, o_k, K, BK)
+        else:
+            store_rows(dg_rows, b_dg, b_out, m_out, o_k, K, BK)
+
+        b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_dA, 0.0), 1)
+        b_q32, b_k32 = b_q.to(tl.float32), b_k.to(tl.float32)
+        b_xq += (b_own * b_a)[:, None] * b_k32
+        b_xk += (b_own * b_c)[:, None] * b_q32
+        b_qx += tl.sum(b_xq * b_q32, 1)
+        b_kx += tl.sum(b_xk * b_k32, 1)
+        if NORM != "none":
+            b_qq += tl.sum(b_q32 * b_q32, 1)
+            b_kk += tl.sum(b_k32 * b_k32, 1)
+        if NORM == "none" or NK > 1:  # with a norm the rows are finished when all of K is known
+            store_rows(p_dq, b_c[:, None] * b_xq, b_out, m_out, o_k, K, BK)
+            store_rows(p_dk, b_a[:, None] * b_xk, b_out, m_out, o_k, K, BK)
+        else:
+            b_e = tl.load(weights + b_slot, mask=m_row, other=0.0)
+            b_q_part, _ = norm_terms(b_qx, b_qq, b_e, NORM)
+            b_k_part, _ = norm_terms(b_kx, b_kk, b_e, NORM)
+            store_rows(p_dq, b_c[:, None] * (b_xq - b_q_part[:, None] * b_q32), b_out, m_out, o_k, K, BK)
+            store_rows(p_dk, b_a[:, None] * (b_xk - b_k_part[:, None] * b_k32), b_out, m_out, o_k, K, BK)
+
+    b_e = tl.load(weights + b_slot, mask=m_row, other=0.0)
+    b_q_part, b_q_de = norm_terms(b_qx, b_qq, b_e, NORM)
+    b_k_part, b_k_de = norm_terms(b_kx, b_kk, b_e, NORM)
+    if NORM != "none" and NK > 1:
+        tl.debug_barrier()  # other threads may have stored what this one reads
+        for i_k in range(NK):
+            o_k = i_k * BK + tl.arange(0, BK)
+            b_q = load_rows(p_q, b_head, m_row, o_k, K, BK).to(tl.float32)
+            b_k = load_rows(p_k, b_head, m_row, o_k, K, BK).to(tl.float32)
+            b_dq = load_rows(p_dq, b_out, m_out, o_k, K, BK).to(tl.float32) - (b_c * b_q_part)[:, None] * b_q
+            b_dk = load_rows(p_dk, b_out, m_out, o_k, K, BK).to(tl.float32) - (b_a * b_k_part)[:, None] * b_k
+            store_rows(p_dq, b_dq, b_out, m_out, o_k, K, BK)
+            store_rows(p_dk, b_dk, b_out, m_out, o_k, K, BK)
+    if not is_shared:
+        b_de = tl.where(m_read, b_q_de * scale, 0.0) + tl.where(m_write, b_k_de, 0.0)
+        tl.store(de_rows + i_ch * C + o_c, b_de)
+
+
+def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
+    problem = call.sizes.problem
+    names = ("v", "do", "k_scale", "q_scale", "h", "dh", "chunk_segment", "dq_rows", "dk_rows", "dg_rows", "de_rows")
+    call.launch(
+        gla_gradients_kernel,
+        (call.sizes.chunks * problem.num_heads,),
+        dict(
+            **common.streams(tensors, "q", "k", "g"),
+            **common.row_arguments(call, tensors),
+            **gla_common.split_arguments(call),
+            **{name: tensors[name] for name in names},
+            **common.shared_gradients(tensors, "q", "k", "g"),
+            scale=call.scale,
+            V=problem.value_dim,
+            BK=min(int(call.config["block_k"]), block_of(problem.key_dim)),
+            BV=min(int(call.config["block_v"]), block_of(problem.value_dim)),
+        ),
+        num_warps=int(call.config["num_warps"]),
+        num_stages=int(call.config["num_stages"]),
+    )
+
+
+TEMPLATE = Template(
+    "triton", "gla_gradients", "gradients", ("gla",), SPACE, run, (__name__, common.MODULE, gla_common.MODULE)
+)

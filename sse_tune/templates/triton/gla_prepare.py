@@ -1,0 +1,161 @@
+"""GLA prepare: the in-chunk scores of every chunk and head, and the row scales of k and q.
+
+    A_ij = c_i a_j Σ_d q_id k_jd e^(b_id - b_jd),   j <= i
+
+with b the in-chunk sum of log-gates; the pairs i > j are taken by halves (gla_common). One block per chunk and head
+walks over K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from sse_tune.problem import Problem
+from sse_tune.space import Config, Constraint, Param, Space
+from sse_tune.templates.registry import Call, Template
+from sse_tune.templates.triton import common, gla_common
+from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, row_scale
+from sse_tune.templates.triton.gla_common import (
+    MIDPOINT_NATS,
+    MIDPOINT_ROWS,
+    gate_sums,
+    half_decay,
+    half_pairs,
+    mid_exponent,
+    wide_operand,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+
+def smem_bytes(problem: Problem, config: Config) -> int:
+    """q, k and g in flight, then two dot operands and the scores."""
+    c, item = int(config["chunk_size"]), common.item_bytes(problem)
+    bk = min(int(config["block_k"]), block_of(problem.key_dim))
+    wide = max(item, 4 if problem.dtype == "fp16" and config["diagonal"] == "midpoint" else 0)
+    return (int(config["num_stages"]) - 1) * (2 * item + 4) * c * bk + 2 * wide * c * bk + 4 * c * c + 4096
+
+
+SPACE = Space(
+    params=(
+        Param("block_k", (16, 32, 64, 128), 64, "columns of K at a time"),
+        Param("diagonal", ("exact", "midpoint"), "midpoint",
+              "blocks of 16 rows: by halves, or about their middle where the gates allow"),
+        Param("num_warps", (2, 4, 8), 4, "warps per block"),
+        Param("num_stages", (1, 2, 3), 2, "tiles of K in flight"),
+    ),
+    constraints=(
+        Constraint("block_k <= K, or the smallest block",
+                   lambda p, c, d: c["block_k"] == 16 or c["block_k"] <= block_of(p.key_dim)),
+        Constraint("num_stages = 1 when one block covers K",
+                   lambda p, c, d: c["num_stages"] == 1 or c["block_k"] < block_of(p.key_dim)),
+        # b, an exponential and two operands are held at once
+        Constraint("chunk_size * block_k / (32 * num_warps) <= 64",
+                   lambda p, c, d: c["chunk_size"] * c["block_k"] <= 64 * 32 * c["num_warps"]),
+        Constraint("chunk_size * chunk_size / (32 * num_warps) <= 64",
+                   lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
+        Constraint("the tiles fit in shared memory",
+                   lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
+    ),
+)
+
+
+@triton.jit
+def half_scores(b_q, b_k, b_b, C: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr):
+    """The scores of pairs in the same block of S rows but in different halves, 0 elsewhere: those above the diagonal
+    are wrong, and the caller's mask drops them."""
+    b_e = half_decay(b_b, C, BK, S)
+    b_qe = (b_q * b_e).to(b_q.dtype)
+    b_ke = (b_k * b_e).to(b_k.dtype)
+    b_scores = tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION)
+    return tl.where(half_pairs(C, S), b_scores, 0.0)
+
+
+@triton.jit
+def gla_prepare_kernel(
+    q, k, g, shared_q, shared_k, shared_g, A, k_scale, q_scale, perm, weights, chunk_segment, scale, n_shared,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
+    WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, MIDPOINT: tl.constexpr, SPLITS: tl.constexpr, MIDPOINT_SPLITS: tl.constexpr,
+):  # fmt: skip
+    i_h = tl.program_id(0) % H
+    i_c = tl.program_id(0) // H
+    i_seg = tl.load(chunk_segment + i_c)
+    if i_seg < 0:
+        return
+    p_q = tl.where(i_seg < n_shared, shared_q, q)
+    p_k = tl.where(i_seg < n_shared, shared_k, k)
+    p_g = tl.where(i_seg < n_shared, shared_g, g)
+    o_c = tl.arange(0, C)
+    b_slot, b_token, b_lane, m_row = chunk_rows(perm, i_c, C, L)
+    b_head = b_token * H + i_h
+    i_ch = i_c.to(tl.int64) * H + i_h
+    m_write = m_row & (b_lane < WRITERS)
+    m_read = m_row & (b_lane < READERS)
+
+    b_A = tl.zeros((C, C), tl.float32)
+    b_own = tl.zeros((C,), tl.float32)  # scores of pairs i = j
+    b_qq = tl.zeros((C,), tl.float32)
+    b_kk = tl.zeros((C,), tl.float32)
+    for i_k in range((K + BK - 1) // BK):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
+        b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
+        b_b = gate_sums(p_g, b_head, m_write, o_k, K, BK)  # [C, BK]
+        b_q32, b_k32 = b_q.to(tl.float32), b_k.to(tl.float32)
+        b_own += tl.sum(b_q32 * b_k32, 1)
+        if NORM != "none":
+            b_qq += tl.sum(b_q32 * b_q32, 1)
+            b_kk += tl.sum(b_k32 * b_k32, 1)
+        for i_s in tl.static_range(MIDPOINT_SPLITS):
+            b_A += half_scores(b_q, b_k, b_b, C, BK, C >> i_s, PRECISION)
+        is_near = False
+        if MIDPOINT:
+            b_x = mid_exponent(b_b, C, BK)
+            is_near = tl.max(tl.abs(b_x)) <= MIDPOINT_NATS
+        if is_near:
+            b_x = mid_exponent(b_b, C, BK)
+            b_qe = wide_operand(b_q32 * tl.exp(b_x), b_q.dtype)
+            b_ke = wide_operand(b_k32 * tl.exp(-b_x), b_q.dtype)
+            m_block = (o_c // MIDPOINT_ROWS)[:, None] == (o_c // MIDPOINT_ROWS)[None, :]
+            b_A += tl.where(m_block, tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION), 0.0)
+        else:
+            for i_s in tl.static_range(MIDPOINT_SPLITS, SPLITS):
+                b_A += half_scores(b_q, b_k, b_b, C, BK, C >> i_s, PRECISION)
+
+    b_e = tl.load(weights + b_slot, mask=m_row, other=0.0)
+    b_a = tl.where(m_write, row_scale(b_kk, b_e, NORM), 0.0)
+    b_c = tl.where(m_read, row_scale(b_qq, b_e, NORM), 0.0) * scale
+    tl.store(k_scale + i_ch * C + o_c, b_a)
+    tl.store(q_scale + i_ch * C + o_c, b_c)
+    b_A = tl.where(o_c[:, None] > o_c[None, :], b_A, 0.0)
+    b_A = tl.where(o_c[:, None] == o_c[None, :], b_own[:, None], b_A) * b_c[:, None] * b_a[None, :]
+    tl.store(A + i_ch * (C * C) + o_c[:, None] * C + o_c[None, :], b_A.to(A.dtype.element_ty))
+
+
+def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
+    problem = call.sizes.problem
+    call.launch(
+        gla_prepare_kernel,
+        (call.sizes.chunks * problem.num_heads,),
+        dict(
+            **common.streams(tensors, "q", "k", "g"),
+            **common.row_arguments(call, tensors),
+            **gla_common.split_arguments(call),
+            **{name: tensors[name] for name in ("A", "k_scale", "q_scale", "chunk_segment")},
+            scale=call.scale,
+            BK=min(int(call.config["block_k"]), block_of(problem.key_dim)),
+        ),
+        num_warps=int(call.config["num_warps"]),
+        num_stages=int(call.config["num_stages"]),
+    )
+
+
+TEMPLATE = Template(
+    "triton", "gla_prepare", "prepare", ("gla",), SPACE, run, (__name__, common.MODULE, gla_common.MODULE)
+)

@@ -1,0 +1,124 @@
+"""GLA state gradient: the gradient of the state after every chunk, and that of v, walking each segment backwards.
+
+With dS the gradient of the state after the chunk:
+
+    dh_c = dS,   dV = Aᵀ dO + (a K e^(b_C - b)) dS,   then   dS <- e^(b_C) dS + (c Q e^b)ᵀ dO
+
+A block keeps block_v columns of one head's dS in registers; it starts from the gradient of the final state, and leaves
+that of the initial one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+
+from sse_tune.space import Param, Space
+from sse_tune.templates.registry import Call, Template
+from sse_tune.templates.triton import common, gla_common
+from sse_tune.templates.triton.common import (
+    block_of,
+    chunk_rows,
+    load_rows,
+    load_state,
+    state_index,
+    store_rows,
+    store_state,
+)
+from sse_tune.templates.triton.gla_common import gate_sums, last_row
+
+if TYPE_CHECKING:
+    import torch
+
+SPACE = Space(
+    params=(
+        Param("block_v", (16, 32, 64, 128), 32, "columns of the state one block keeps"),
+        Param("num_warps", (2, 4, 8), 8, "warps per block"),
+        Param("num_stages", (1, 2, 3), 2, "chunks in flight"),
+    ),
+    constraints=gla_common.walk_constraints(key_tiles=2),
+)
+
+
+@triton.jit
+def gla_state_gradient_kernel(
+    q, k, g, do, shared_q, shared_k, shared_g, A, k_scale, q_scale, perm, segment_chunks,
+    d_final_state, dh, dv_rows, d_initial_state, n_shared, n_sequences,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
+    WRITERS: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
+):  # fmt: skip
+    NV: tl.constexpr = (V + BV - 1) // BV
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV) % H
+    i_seg = tl.program_id(0) // (NV * H)
+    p_q = tl.where(i_seg < n_shared, shared_q, q)
+    p_k = tl.where(i_seg < n_shared, shared_k, k)
+    p_g = tl.where(i_seg < n_shared, shared_g, g)
+    o_c = tl.arange(0, C)
+    o_k = tl.arange(0, BK)
+    o_v = i_v * BV + tl.arange(0, BV)
+    m_all = o_c >= 0
+    i_state = state_index(i_seg, n_sequences, P, HAS_SHARED).to(tl.int64) * H + i_h
+
+    b_ds = tl.zeros((BK, BV), tl.float32)
+    if HAS_FINAL:
+        b_ds = load_state(d_final_state, i_state, o_k, o_v, K, V)
+    i_first = tl.load(segment_chunks + i_seg)
+    n_chunks = tl.load(segment_chunks + i_seg + 1) - i_first
+    for i_back in range(n_chunks):
+        i_c = i_first + n_chunks - 1 - i_back
+        b_slot, b_token, b_lane, m_row = chunk_rows(perm, i_c, C, L)
+        b_head = b_token * H + i_h
+        i_ch = i_c.to(tl.int64) * H + i_h
+        store_state(dh, b_ds, i_ch, o_k, o_v, K, V)
+        b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
+        b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
+        b_do = load_rows(do, b_head, m_row, o_v, V, BV)  # [C, BV]
+        b_b = gate_sums(p_g, b_head, m_row & (b_lane < WRITERS), o_k, K, BK)  # [C, BK]
+        b_a = tl.load(k_scale + i_ch * C + o_c)
+        b_c = tl.load(q_scale + i_ch * C + o_c)
+        b_A = tl.load(A + i_ch * (C * C) + o_c[:, None] * C + o_c[None, :])  # [C, C]
+        b_last = last_row(b_b, C)
+        b_qe = (b_q * (b_c[:, None] * tl.exp(b_b))).to(b_q.dtype)
+        b_ke = (b_k * (b_a[:, None] * tl.exp(b_last[None, :] - b_b))).to(b_k.dtype)
+
+        b_dv = tl.dot(b_ke, b_ds.to(b_k.dtype), input_precision=PRECISION)
+        b_dv += tl.dot(tl.trans(b_A), b_do, input_precision=PRECISION)
+        store_rows(dv_rows, b_dv, (i_c.to(tl.int64) * C + o_c) * H + i_h, m_all, o_v, V, BV)
+        b_ds *= tl.exp(b_last)[:, None]
+        b_ds += tl.dot(tl.trans(b_qe), b_do, input_precision=PRECISION)
+    if HAS_INITIAL:
+        store_state(d_initial_state, b_ds, i_state, o_k, o_v, K, V)
+
+
+def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
+    problem = call.sizes.problem
+    block_v = min(int(call.config["block_v"]), block_of(problem.value_dim))
+    blocks = triton.cdiv(problem.value_dim, block_v)
+    rows = common.row_arguments(call, tensors)
+    call.launch(
+        gla_state_gradient_kernel,
+        (call.sizes.segments * problem.num_heads * blocks,),
+        dict(
+            **common.streams(tensors, "q", "k", "g"),
+            **{name: rows[name] for name in ("perm", "n_shared", "H", "K", "C", "L", "WRITERS", "PRECISION")},
+            **common.state_gradient_arguments(call, tensors),
+            **{name: tensors[name] for name in ("do", "A", "k_scale", "q_scale", "dh", "dv_rows")},
+            V=problem.value_dim,
+            BK=block_of(problem.key_dim),
+            BV=block_v,
+        ),
+        num_warps=int(call.config["num_warps"]),
+        num_stages=int(call.config["num_stages"]),
+    )
+
+
+TEMPLATE = Template(
+    "triton", "gla_state_gradient", "state_gradient", ("gla",), SPACE, run,
+    (__name__, common.MODULE, gla_common.MODULE),
+)  # fmt: skip
