@@ -99,7 +99,7 @@ def _gpu(index: int) -> Device:
         name=properties.name,
         arch=f"sm_{properties.major}{properties.minor}",
         multiprocessors=properties.multi_processor_count,
-        smem_per_block_bytes=properties.shared_memory_per_block_optin,
+        smem_per_block_bytes=properties.shared_memory_per_block_optin,  # type: ignore[attr-defined]
         l2_bytes=properties.L2_cache_size,
         memory_bytes=properties.total_memory,
     )

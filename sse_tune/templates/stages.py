@@ -15,7 +15,7 @@ from sse_tune.errors import PlanError
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 
-ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "int32": 4}
+ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "int32": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,10 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Buffer:
-    """A named tensor between stages; `dtype` "io" is the problem's own, "state" the plan's stored-state dtype."""
+    """A named tensor between stages; `dtype` "io" is the problem's own, "state" the plan's stored-state dtype.
+
+    "sum" is fp32, or fp64 beside fp32 operands: a gate of -100 in a chunk would cost the sum the digits they have.
+    """
 
     name: str
     dtype: str
@@ -60,6 +63,8 @@ class Buffer:
     def dtype_in(self, problem: Problem, outer: Config) -> str:
         if self.dtype == "state":
             return problem.dtype if outer["state_dtype"] == "io" else "fp32"
+        if self.dtype == "sum":
+            return "fp64" if problem.dtype == "fp32" else "fp32"
         return problem.dtype if self.dtype == "io" else self.dtype
 
     def bytes(self, sizes: Sizes, outer: Config) -> int:
@@ -108,7 +113,7 @@ BUFFERS: dict[str, Buffer] = {
         # forward
         Buffer("k_scale", "fp32", _scalars, "a: what multiplies k; 0 for rows that do not write and in padding"),
         Buffer("q_scale", "fp32", _scalars, "c: what multiplies q; 0 for rows that do not read and in padding"),
-        Buffer("g_cumsum", "fp32", _scalars, "GDN: b, inclusive in-chunk sum of the log-gates"),
+        Buffer("g_cumsum", "sum", _scalars, "GDN: b, inclusive in-chunk sum of the log-gates"),
         Buffer("A", "io", lambda s: (*_scalars(s), s.chunk_size), "GDN: (I+N)^-1; GLA: the scaled in-chunk scores"),
         Buffer("o_rows", "io", _value_rows, "output of each row"),
         # backward

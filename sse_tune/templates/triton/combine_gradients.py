@@ -63,8 +63,6 @@ def router_gradient_kernel(
         b_part = tl.load(de_rows + o_row[:, None] + o_h[None, :] * C, mask=m_t[:, None] & (o_h < H)[None, :], other=0.0)
         b_de += tl.where(o_n[None, :] == b_p[:, None], tl.sum(b_part, 1)[:, None], 0.0)
     b_d = b_e * (b_de - tl.sum(b_e * b_de, 1)[:, None])
-    # an infinite logit was clamped: it has no slope
-    b_d = tl.where(tl.abs(b_raw) == float("inf"), 0.0, b_d)
     tl.store(
         d_router_logits + o_t.to(tl.int64)[:, None] * N + o_n[None, :], b_d.to(d_router_logits.dtype.element_ty),
         mask=m_t[:, None] & (o_n < N)[None, :],

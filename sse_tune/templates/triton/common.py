@@ -216,7 +216,7 @@ def state_index(i_seg, n_sequences, P: tl.constexpr, HAS_SHARED: tl.constexpr):
 @triton.jit
 def decay(b_to, b_from, m_pair):
     """e^(to - from) where the mask holds, else 0; masked first, so that no exponent is above 0."""
-    return tl.where(m_pair, tl.exp(tl.where(m_pair, b_to - b_from, 0.0)), 0.0)
+    return tl.where(m_pair, tl.exp(tl.where(m_pair, (b_to - b_from).to(tl.float32), 0.0)), 0.0)
 
 
 @triton.jit

@@ -98,8 +98,8 @@ def gdn_gradients_kernel(
     b_c = tl.load(q_scale + i_ch * C + o_c)
     b_b = tl.load(g_cumsum + i_ch * C + o_c)
     b_last = tl.sum(tl.where(o_c == C - 1, b_b, 0.0), 0)
-    b_up = tl.exp(b_b)
-    b_down = tl.exp(b_last - b_b)
+    b_up = tl.exp(b_b.to(tl.float32))
+    b_down = tl.exp((b_last - b_b).to(tl.float32))
 
     b_xq = tl.zeros((C, BK), tl.float32)
     b_xk = tl.zeros((C, BK), tl.float32)
@@ -135,7 +135,7 @@ def gdn_gradients_kernel(
     b_xq *= b_up[:, None]
     b_db += b_c * tl.sum(b_q32 * b_xq, 1)
     b_y *= b_a * b_down
-    b_db += tl.where(o_c == C - 1, tl.sum(b_y, 0) + tl.exp(b_last) * b_through, 0.0) - b_y
+    b_db += tl.where(o_c == C - 1, tl.sum(b_y, 0) + tl.exp(b_last.to(tl.float32)) * b_through, 0.0) - b_y
 
     b_G = decay(b_b[:, None], b_b[None, :], o_c[:, None] >= o_c[None, :])
     b_A = tl.load(A + i_ch * (C * C) + o_c[:, None] * C + o_c[None, :])

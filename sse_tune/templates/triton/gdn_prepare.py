@@ -108,7 +108,7 @@ def gdn_prepare_kernel(
 
     i_ch = i_c.to(tl.int64) * H + i_h
     tl.store(k_scale + i_ch * C + o_c, b_a)
-    tl.store(g_cumsum + i_ch * C + o_c, tl.cumsum(b_g, 0))
+    tl.store(g_cumsum + i_ch * C + o_c, tl.cumsum(b_g.to(g_cumsum.dtype.element_ty), 0))
     tl.store(A + i_ch * (C * C) + o_c[:, None] * C + o_c[None, :], b_A.to(A.dtype.element_ty))
 
 

@@ -78,12 +78,12 @@ def gdn_recompute_kernel(
         store_state(h, b_state, i_ch, o_k, o_v, K, V)
 
         b_low = b_state.to(b_k.dtype)
-        b_W = b_v.to(tl.float32) - (tl.exp(b_b) * b_a)[:, None] * tl.dot(b_k, b_low, input_precision=PRECISION)
+        b_W = b_v.to(tl.float32) - (tl.exp(b_b.to(tl.float32)) * b_a)[:, None] * tl.dot(b_k, b_low, input_precision=PRECISION)
         b_Ag = decay(b_b[:, None], b_b[None, :], m_causal) * b_A.to(tl.float32) * b_beta[None, :]
         b_new = tl.dot(b_Ag.to(b_k.dtype), b_W.to(b_k.dtype), input_precision=PRECISION)
         store_rows(v_new, b_new, i_ch * C + o_c, o_c >= 0, o_v, V, BV)
-        b_in = (b_new * (b_a * tl.exp(b_last - b_b))[:, None]).to(b_k.dtype)
-        b_state = tl.exp(b_last) * b_state + tl.dot(tl.trans(b_k), b_in, input_precision=PRECISION)
+        b_in = (b_new * (b_a * tl.exp((b_last - b_b).to(tl.float32)))[:, None]).to(b_k.dtype)
+        b_state = tl.exp(b_last.to(tl.float32)) * b_state + tl.dot(tl.trans(b_k), b_in, input_precision=PRECISION)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:

@@ -92,15 +92,15 @@ def gdn_scan_kernel(
         b_G = decay(b_b[:, None], b_b[None, :], m_causal)
 
         b_low = b_state.to(b_k.dtype)
-        b_W = b_v.to(tl.float32) - (tl.exp(b_b) * b_a)[:, None] * tl.dot(b_k, b_low, input_precision=PRECISION)
+        b_W = b_v.to(tl.float32) - (tl.exp(b_b.to(tl.float32)) * b_a)[:, None] * tl.dot(b_k, b_low, input_precision=PRECISION)
         b_Ag = b_G * b_A.to(tl.float32) * b_beta[None, :]
         b_new = tl.dot(b_Ag.to(b_k.dtype), b_W.to(b_k.dtype), input_precision=PRECISION)  # [C, BV]
         b_P = b_G * b_c[:, None] * b_a[None, :] * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        b_o = (b_c * tl.exp(b_b))[:, None] * tl.dot(b_q, b_low, input_precision=PRECISION)
+        b_o = (b_c * tl.exp(b_b.to(tl.float32)))[:, None] * tl.dot(b_q, b_low, input_precision=PRECISION)
         b_o += tl.dot(b_P.to(b_k.dtype), b_new.to(b_k.dtype), input_precision=PRECISION)
         store_rows(o_rows, b_o, (i_c.to(tl.int64) * C + o_c) * H + i_h, m_all, o_v, V, BV)
-        b_in = (b_new * (b_a * tl.exp(b_last - b_b))[:, None]).to(b_k.dtype)
-        b_state = tl.exp(b_last) * b_state + tl.dot(tl.trans(b_k), b_in, input_precision=PRECISION)
+        b_in = (b_new * (b_a * tl.exp((b_last - b_b).to(tl.float32)))[:, None]).to(b_k.dtype)
+        b_state = tl.exp(b_last.to(tl.float32)) * b_state + tl.dot(tl.trans(b_k), b_in, input_precision=PRECISION)
     if HAS_FINAL:
         store_state(final_state, b_state, i_state, o_k, o_v, K, V)
 

@@ -90,15 +90,15 @@ def gdn_state_gradient_kernel(
 
         b_PT = decay(b_b[None, :], b_b[:, None], m_anti) * b_c[None, :] * b_a[:, None]
         b_PT *= tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # row j of keys, column i of queries
-        b_dnew = (b_a * tl.exp(b_last - b_b))[:, None] * tl.dot(b_k, b_ds.to(b_k.dtype), input_precision=PRECISION)
+        b_dnew = (b_a * tl.exp((b_last - b_b).to(tl.float32)))[:, None] * tl.dot(b_k, b_ds.to(b_k.dtype), input_precision=PRECISION)
         b_dnew += tl.dot(b_PT.to(b_k.dtype), b_do, input_precision=PRECISION)
         b_Ag = decay(b_b[:, None], b_b[None, :], m_causal) * b_A.to(tl.float32) * b_beta[None, :]
         b_dw = tl.dot(tl.trans(b_Ag.to(b_k.dtype)), b_dnew.to(b_k.dtype), input_precision=PRECISION)
         store_rows(dv_new, b_dnew, i_ch * C + o_c, m_all, o_v, V, BV)
         store_rows(dv_rows, b_dw, (i_c.to(tl.int64) * C + o_c) * H + i_h, m_all, o_v, V, BV)
-        b_read = ((b_c * tl.exp(b_b))[:, None] * b_do.to(tl.float32)).to(b_k.dtype)
-        b_erased = ((b_a * tl.exp(b_b))[:, None] * b_dw).to(b_k.dtype)
-        b_ds = tl.exp(b_last) * b_ds + tl.dot(tl.trans(b_q), b_read, input_precision=PRECISION)
+        b_read = ((b_c * tl.exp(b_b.to(tl.float32)))[:, None] * b_do.to(tl.float32)).to(b_k.dtype)
+        b_erased = ((b_a * tl.exp(b_b.to(tl.float32)))[:, None] * b_dw).to(b_k.dtype)
+        b_ds = tl.exp(b_last.to(tl.float32)) * b_ds + tl.dot(tl.trans(b_q), b_read, input_precision=PRECISION)
         b_ds -= tl.dot(tl.trans(b_k), b_erased, input_precision=PRECISION)
     if HAS_INITIAL:
         store_state(d_initial_state, b_ds, i_state, o_k, o_v, K, V)

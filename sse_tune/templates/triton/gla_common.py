@@ -6,7 +6,8 @@ two halves and let r be b at the last row of the first: for i in the second and 
     e^(b_i - b_j) = e^(b_i - r) e^(r - b_j),   both exponents at most 0 for any gates.
 
 One tile E_S, e^(b - r) in second halves and e^(r - b) in first ones, serves all blocks of S rows at once, as factors of
-a dot of which only the pairs (second half, first half) of one block are kept. S = C, C/2, ..., 2 cover every pair i > j
+a dot of which only the pairs (second half, first half) of one block are kept. The exponents are sums of log-gates, and
+a product with a matrix of ones and zeros takes them. S = C, C/2, ..., 2 cover every pair i > j
 once; pairs i = j have no decay. So there is nothing to clamp, and no loop over rows. Blocks of MIDPOINT_ROWS rows may
 instead take one reference in their middle, where exponents of both signs stay within MIDPOINT_NATS.
 """
@@ -66,32 +67,49 @@ def split_arguments(call: Call) -> dict[str, Any]:
 
 
 @triton.jit
-def gate_sums(p_g, b_head, m_write, o_k, K: tl.constexpr, BK: tl.constexpr):
-    """b, the sum of log-gates up to and with each row of a chunk; rows that do not write keep the state."""
-    b_g = load_rows(p_g, b_head, m_write, o_k, K, BK)
-    return tl.cumsum(log_gate(b_g, m_write[:, None]), 0)
+def gate_parts(p_g, b_head, m_write, o_k, K: tl.constexpr, BK: tl.constexpr):
+    """The log-gates of a chunk as a sum of two fp16 tiles, 22 bits; rows that do not write keep the state."""
+    b_g = log_gate(load_rows(p_g, b_head, m_write, o_k, K, BK), m_write[:, None])
+    b_high = b_g.to(tl.float16)
+    return b_high, (b_g - b_high.to(tl.float32)).to(tl.float16)
 
 
 @triton.jit
-def last_row(b_tile, C: tl.constexpr):
-    """The last of C rows, [BK]."""
-    return tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b_tile, 0.0), 0)
+def gate_sums(m_rows, b_high, b_low):
+    """Row i: the sum of the log-gates of the rows j where m_rows[i, j]. No differences are taken, so none loses digits,
+    and the tensor cores add faster than a scan along rows would."""
+    b_ones = m_rows.to(tl.float16)
+    return tl.dot(b_ones, b_high) + tl.dot(b_ones, b_low)
 
 
 @triton.jit
-def from_row(b_b, C: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, ROW: tl.constexpr):
-    """b less its value at row ROW of the block of S rows: [C / S, S, BK]."""
-    b_blocks = tl.reshape(b_b, (C // S, S, BK))
-    m_ref = tl.arange(0, S)[None, :, None] == ROW
-    return b_blocks - tl.sum(tl.where(m_ref, b_blocks, 0.0), 1, keep_dims=True)
+def gates_up_to(b_high, b_low, C: tl.constexpr):
+    """b, the sum up to and with each row."""
+    o_c = tl.arange(0, C)
+    return gate_sums(o_c[:, None] >= o_c[None, :], b_high, b_low)
 
 
 @triton.jit
-def half_decay(b_b, C: tl.constexpr, BK: tl.constexpr, S: tl.constexpr):
-    """E_S of the module's docstring, [C, BK]."""
-    b_x = from_row(b_b, C, BK, S, S // 2 - 1)
-    m_second = tl.arange(0, S)[None, :, None] >= S // 2
-    return tl.exp(tl.reshape(tl.where(m_second, b_x, -b_x), (C, BK)))
+def gates_after(b_high, b_low, C: tl.constexpr):
+    """b_C - b, the sum after each row."""
+    o_c = tl.arange(0, C)
+    return gate_sums(o_c[:, None] < o_c[None, :], b_high, b_low)
+
+
+@triton.jit
+def gates_in_all(b_high, b_low):
+    """b_C, the sum over the chunk, [BK]."""
+    return tl.sum(b_high.to(tl.float32) + b_low.to(tl.float32), 0)
+
+
+@triton.jit
+def half_exponent(b_high, b_low, C: tl.constexpr, S: tl.constexpr):
+    """The logarithm of E_S of the module's docstring, [C, BK]."""
+    o_c = tl.arange(0, C)
+    m_half = (o_c // (S // 2))[:, None] == (o_c // (S // 2))[None, :]
+    m_second = (o_c % S >= S // 2)[:, None]
+    m_order = m_second == (o_c[:, None] >= o_c[None, :])  # up to row i in second halves, after it in first ones
+    return gate_sums(m_half & m_order, b_high, b_low)
 
 
 @triton.jit
@@ -103,9 +121,10 @@ def half_pairs(C: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
-def mid_exponent(b_b, C: tl.constexpr, BK: tl.constexpr):
-    """b less its value in the middle of each block of MIDPOINT_ROWS rows, [C, BK]: of both signs."""
-    return tl.reshape(from_row(b_b, C, BK, MIDPOINT_ROWS, MIDPOINT_ROWS // 2 - 1), (C, BK))
+def mid_exponent(b_x, C: tl.constexpr):
+    """From `half_exponent` of S = MIDPOINT_ROWS: b less its value in the middle of the block, of both signs."""
+    m_second = (tl.arange(0, C) % MIDPOINT_ROWS >= MIDPOINT_ROWS // 2)[:, None]
+    return tl.where(m_second, b_x, -b_x)
 
 
 @triton.jit

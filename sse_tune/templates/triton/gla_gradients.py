@@ -28,10 +28,12 @@ from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, lo
 from sse_tune.templates.triton.gla_common import (
     MIDPOINT_NATS,
     MIDPOINT_ROWS,
-    gate_sums,
-    half_decay,
+    gate_parts,
+    gates_after,
+    gates_in_all,
+    gates_up_to,
+    half_exponent,
     half_pairs,
-    last_row,
     mid_exponent,
     wide_operand,
 )
@@ -92,12 +94,12 @@ def norm_terms(b_dot, b_square, b_weight, NORM: tl.constexpr):
 
 @triton.jit
 def add_halves(
-    b_xq, b_xk, b_db, b_q, b_k, b_b, b_c, b_a, b_pairs,
-    C: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+    b_xq, b_xk, b_db, b_q, b_k, b_high, b_low, b_c, b_a, b_pairs,
+    C: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what pairs in the same block of S rows but in different halves give to Xq, Xk and db."""
     m_second = ((tl.arange(0, C) % S) >= S // 2)[:, None]
-    b_e = half_decay(b_b, C, BK, S)
+    b_e = tl.exp(half_exponent(b_high, b_low, C, S))
     b_z = wide_operand(b_e * tl.where(m_second, b_q * b_c[:, None], b_k * b_a[:, None]), b_q.dtype)
     b_level = tl.where(half_pairs(C, S), b_pairs, 0.0).to(b_z.dtype)
     b_y = tl.dot(b_level, b_z, input_precision=PRECISION)
@@ -186,31 +188,29 @@ def gla_gradients_kernel(
             b_hdh += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
         b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
-        b_b = gate_sums(p_g, b_head, m_write, o_k, K, BK)  # [C, BK]
-        b_last = last_row(b_b, C)
-        b_xq *= tl.exp(b_b)
-        b_xk *= tl.exp(b_last[None, :] - b_b)
+        b_high, b_low = gate_parts(p_g, b_head, m_write, o_k, K, BK)  # [C, BK]
+        b_xq *= tl.exp(gates_up_to(b_high, b_low, C))
+        b_xk *= tl.exp(gates_after(b_high, b_low, C))
         b_y = b_xk * (b_k * b_a[:, None])
-        b_end = tl.sum(b_y, 0) + tl.exp(b_last) * b_hdh
+        b_end = tl.sum(b_y, 0) + tl.exp(gates_in_all(b_high, b_low)) * b_hdh
         b_db = b_xq * (b_q * b_c[:, None]) - b_y + tl.where(o_c[:, None] == C - 1, b_end[None, :], 0.0)
 
         b_lower = tl.where(o_c[:, None] > o_c[None, :], b_dA, 0.0)
         b_pairs = b_lower + tl.trans(b_lower)
         for i_s in tl.static_range(MIDPOINT_SPLITS):
             b_xq, b_xk, b_db = add_halves(
-                b_xq, b_xk, b_db, b_q, b_k, b_b, b_c, b_a, b_pairs, C, BK, C >> i_s, PRECISION
+                b_xq, b_xk, b_db, b_q, b_k, b_high, b_low, b_c, b_a, b_pairs, C, C >> i_s, PRECISION
             )
         is_near = False
         if MIDPOINT:
-            is_near = tl.max(tl.abs(mid_exponent(b_b, C, BK))) <= MIDPOINT_NATS
+            is_near = tl.min(half_exponent(b_high, b_low, C, MIDPOINT_ROWS)) >= -MIDPOINT_NATS
         if is_near:
-            b_xq, b_xk, b_db = add_middles(
-                b_xq, b_xk, b_db, b_q, b_k, mid_exponent(b_b, C, BK), b_c, b_a, b_pairs, C, PRECISION
-            )
+            b_x = mid_exponent(half_exponent(b_high, b_low, C, MIDPOINT_ROWS), C)
+            b_xq, b_xk, b_db = add_middles(b_xq, b_xk, b_db, b_q, b_k, b_x, b_c, b_a, b_pairs, C, PRECISION)
         else:
             for i_s in tl.static_range(MIDPOINT_SPLITS, SPLITS):
                 b_xq, b_xk, b_db = add_halves(
-                    b_xq, b_xk, b_db, b_q, b_k, b_b, b_c, b_a, b_pairs, C, BK, C >> i_s, PRECISION
+                    b_xq, b_xk, b_db, b_q, b_k, b_high, b_low, b_c, b_a, b_pairs, C, C >> i_s, PRECISION
                 )
         b_dg = tl.where(m_write[:, None], tl.cumsum(b_db, 0, reverse=True), 0.0)
         if is_shared:

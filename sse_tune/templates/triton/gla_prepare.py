@@ -22,8 +22,8 @@ from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, ro
 from sse_tune.templates.triton.gla_common import (
     MIDPOINT_NATS,
     MIDPOINT_ROWS,
-    gate_sums,
-    half_decay,
+    gate_parts,
+    half_exponent,
     half_pairs,
     mid_exponent,
     wide_operand,
@@ -66,10 +66,10 @@ SPACE = Space(
 
 
 @triton.jit
-def half_scores(b_q, b_k, b_b, C: tl.constexpr, BK: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr):
+def half_scores(b_q, b_k, b_high, b_low, C: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr):
     """The scores of pairs in the same block of S rows but in different halves, 0 elsewhere: those above the diagonal
     are wrong, and the caller's mask drops them."""
-    b_e = half_decay(b_b, C, BK, S)
+    b_e = tl.exp(half_exponent(b_high, b_low, C, S))
     b_qe = (b_q * b_e).to(b_q.dtype)
     b_ke = (b_k * b_e).to(b_k.dtype)
     b_scores = tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION)
@@ -106,27 +106,26 @@ def gla_prepare_kernel(
         o_k = i_k * BK + tl.arange(0, BK)
         b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
-        b_b = gate_sums(p_g, b_head, m_write, o_k, K, BK)  # [C, BK]
+        b_high, b_low = gate_parts(p_g, b_head, m_write, o_k, K, BK)  # [C, BK]
         b_q32, b_k32 = b_q.to(tl.float32), b_k.to(tl.float32)
         b_own += tl.sum(b_q32 * b_k32, 1)
         if NORM != "none":
             b_qq += tl.sum(b_q32 * b_q32, 1)
             b_kk += tl.sum(b_k32 * b_k32, 1)
         for i_s in tl.static_range(MIDPOINT_SPLITS):
-            b_A += half_scores(b_q, b_k, b_b, C, BK, C >> i_s, PRECISION)
+            b_A += half_scores(b_q, b_k, b_high, b_low, C, C >> i_s, PRECISION)
         is_near = False
         if MIDPOINT:
-            b_x = mid_exponent(b_b, C, BK)
-            is_near = tl.max(tl.abs(b_x)) <= MIDPOINT_NATS
+            is_near = tl.min(half_exponent(b_high, b_low, C, MIDPOINT_ROWS)) >= -MIDPOINT_NATS
         if is_near:
-            b_x = mid_exponent(b_b, C, BK)
+            b_x = mid_exponent(half_exponent(b_high, b_low, C, MIDPOINT_ROWS), C)
             b_qe = wide_operand(b_q32 * tl.exp(b_x), b_q.dtype)
             b_ke = wide_operand(b_k32 * tl.exp(-b_x), b_q.dtype)
             m_block = (o_c // MIDPOINT_ROWS)[:, None] == (o_c // MIDPOINT_ROWS)[None, :]
             b_A += tl.where(m_block, tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION), 0.0)
         else:
             for i_s in tl.static_range(MIDPOINT_SPLITS, SPLITS):
-                b_A += half_scores(b_q, b_k, b_b, C, BK, C >> i_s, PRECISION)
+                b_A += half_scores(b_q, b_k, b_high, b_low, C, C >> i_s, PRECISION)
 
     b_e = tl.load(weights + b_slot, mask=m_row, other=0.0)
     b_a = tl.where(m_write, row_scale(b_kk, b_e, NORM), 0.0)

@@ -17,7 +17,7 @@ from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
 from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, load_state, state_index, store_state
-from sse_tune.templates.triton.gla_common import gate_sums, last_row
+from sse_tune.templates.triton.gla_common import gate_parts, gates_after, gates_in_all
 
 if TYPE_CHECKING:
     import torch
@@ -62,11 +62,10 @@ def gla_recompute_kernel(
         store_state(h, b_state, i_ch, o_k, o_v, K, V)
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_v = load_rows(v, b_head, m_row, o_v, V, BV)  # [C, BV]
-        b_b = gate_sums(p_g, b_head, m_row & (b_lane < WRITERS), o_k, K, BK)  # [C, BK]
+        b_high, b_low = gate_parts(p_g, b_head, m_row & (b_lane < WRITERS), o_k, K, BK)  # [C, BK]
         b_a = tl.load(k_scale + i_ch * C + o_c)
-        b_last = last_row(b_b, C)
-        b_ke = (b_k * (b_a[:, None] * tl.exp(b_last[None, :] - b_b))).to(b_k.dtype)
-        b_state *= tl.exp(b_last)[:, None]
+        b_ke = (b_k * (b_a[:, None] * tl.exp(gates_after(b_high, b_low, C)))).to(b_k.dtype)
+        b_state *= tl.exp(gates_in_all(b_high, b_low))[:, None]
         b_state += tl.dot(tl.trans(b_ke), b_v, input_precision=PRECISION)
 
 

@@ -28,7 +28,7 @@ from sse_tune.templates.triton.common import (
     store_rows,
     store_state,
 )
-from sse_tune.templates.triton.gla_common import gate_sums, last_row
+from sse_tune.templates.triton.gla_common import gate_parts, gates_after, gates_in_all, gates_up_to
 
 if TYPE_CHECKING:
     import torch
@@ -79,18 +79,17 @@ def gla_state_gradient_kernel(
         b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_do = load_rows(do, b_head, m_row, o_v, V, BV)  # [C, BV]
-        b_b = gate_sums(p_g, b_head, m_row & (b_lane < WRITERS), o_k, K, BK)  # [C, BK]
+        b_high, b_low = gate_parts(p_g, b_head, m_row & (b_lane < WRITERS), o_k, K, BK)  # [C, BK]
         b_a = tl.load(k_scale + i_ch * C + o_c)
         b_c = tl.load(q_scale + i_ch * C + o_c)
         b_A = tl.load(A + i_ch * (C * C) + o_c[:, None] * C + o_c[None, :])  # [C, C]
-        b_last = last_row(b_b, C)
-        b_qe = (b_q * (b_c[:, None] * tl.exp(b_b))).to(b_q.dtype)
-        b_ke = (b_k * (b_a[:, None] * tl.exp(b_last[None, :] - b_b))).to(b_k.dtype)
+        b_qe = (b_q * (b_c[:, None] * tl.exp(gates_up_to(b_high, b_low, C)))).to(b_q.dtype)
+        b_ke = (b_k * (b_a[:, None] * tl.exp(gates_after(b_high, b_low, C)))).to(b_k.dtype)
 
         b_dv = tl.dot(b_ke, b_ds.to(b_k.dtype), input_precision=PRECISION)
         b_dv += tl.dot(tl.trans(b_A), b_do, input_precision=PRECISION)
         store_rows(dv_rows, b_dv, (i_c.to(tl.int64) * C + o_c) * H + i_h, m_all, o_v, V, BV)
-        b_ds *= tl.exp(b_last)[:, None]
+        b_ds *= tl.exp(gates_in_all(b_high, b_low))[:, None]
         b_ds += tl.dot(tl.trans(b_qe), b_do, input_precision=PRECISION)
     if HAS_INITIAL:
         store_state(d_initial_state, b_ds, i_state, o_k, o_v, K, V)

@@ -1,0 +1,311 @@
+"""Template + config + architecture -> compiled kernels and what they ask of the GPU; needs no GPU.
+
+The stage's own launch code runs on meta tensors with a launcher that records instead of launching, so that what is
+compiled here is specialised exactly as the first launch would be: `triton.compile` leaves it in Triton's cache, and the
+process that later runs the config on a GPU finds it there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from typing import TYPE_CHECKING, Any
+
+from sse_tune.device import Device
+from sse_tune.errors import CompileError
+from sse_tune.problem import Problem
+from sse_tune.space import Config
+from sse_tune.templates.registry import Call, Template
+from sse_tune.templates.stages import BUFFERS, Sizes, Stage, stages_of
+
+if TYPE_CHECKING:
+    import torch
+
+# What one block may use on every architecture of `device.ARCHS`: CUDA C++ Programming Guide, table "Technical
+# Specifications per Compute Capability".
+MAX_REGISTERS = 255  # of a thread
+REGISTERS_PER_BLOCK = 65536
+MAX_GRID = (2**31 - 1, 65535, 65535)
+MAX_TENSOR_MEMORY = 512  # columns, sm_100
+WARP = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel launch as a template asked for it; `args` by parameter name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+
+class GpuLauncher:
+    """Runs each kernel on the GPU its tensors lie on (or in Triton's interpreter)."""
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int, num_stages: int
+    ) -> None:
+        kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
+
+
+class RecordingLauncher:
+    """Runs nothing and keeps the launches in order: works on meta tensors."""
+
+    def __init__(self) -> None:
+        self.launches: list[Launch] = []
+
+    def __call__(
+        self, kernel: Any, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int, num_stages: int
+    ) -> None:
+        self.launches.append(Launch(kernel, tuple(int(extent) for extent in grid), dict(args), num_warps, num_stages))
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelArtifact:
+    """One compiled kernel.
+
+    Args:
+        name: of the kernel function.
+        registers: of a thread.
+        spill_bytes: stack frame of a thread; what does not fit in registers lives there.
+        smem_bytes: shared memory of a block.
+        tensor_memory: columns of tensor memory of a block, sm_100 and later.
+        num_warps: of a block.
+        grid: of the launch that was recorded.
+        cubin: the binary.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+    smem_bytes: int
+    tensor_memory: int
+    num_warps: int
+    grid: tuple[int, ...]
+    cubin: bytes = dataclasses.field(repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A compiled template: its kernels in launch order. Pickles, so that it can come from another process."""
+
+    template: str
+    config: Config
+    arch: str
+    kernels: tuple[KernelArtifact, ...]
+
+    @property
+    def registers(self) -> int:
+        """Of a thread, in the kernel that needs most."""
+        return max(kernel.registers for kernel in self.kernels)
+
+    @property
+    def spill_bytes(self) -> int:
+        """Of a thread, in the kernel that spills most."""
+        return max(kernel.spill_bytes for kernel in self.kernels)
+
+    @property
+    def smem_bytes(self) -> int:
+        """Of a block, in the kernel that needs most."""
+        return max(kernel.smem_bytes for kernel in self.kernels)
+
+    @property
+    def cubin_bytes(self) -> int:
+        return sum(len(kernel.cubin) for kernel in self.kernels)
+
+
+def compile_stage(
+    template: Template, problem: Problem, outer: Config, config: Config, arch: str, *, with_states: bool = True
+) -> Artifact:
+    """Compiles every kernel a stage launches, for a GPU architecture that need not be here.
+
+    Args:
+        template: of a stage of the staged graph.
+        problem: decides the constants the kernels are specialised for.
+        outer: the plan's outer choices.
+        config: the template's config.
+        arch: "sm_90".
+        with_states: compile the variant that reads an initial and writes a final state and their gradients, the
+            largest; False: the one without.
+
+    Returns:
+        The kernels with their registers, spills and shared memory; `limits_reason` says whether they can run.
+
+    Raises:
+        CompileError: the compiler refused it, or there is nothing to compile.
+        DeviceError: no such architecture.
+    """
+    device = Device.from_arch(arch)
+    stage = next((stage for stage in stages_of(problem) if stage.name == template.stage), None)
+    if template.backend != "triton" or stage is None:
+        raise CompileError(
+            "only a Triton template of a stage of the problem's graph can be compiled ahead of its run",
+            f"template {template.name!r} of {template.backend}, stage {template.stage!r}, with nothing to compile",
+            "run it instead",
+        )
+    launches = record_launches(template, problem, outer, config, with_states=with_states)
+    what = f"{template.name} for {arch} with {_shown(Config({**outer, **config}))}"
+    if not launches:
+        raise CompileError("a template must launch a kernel to be compiled", f"none from {what}", "run it instead")
+    return Artifact(template.name, config, arch, tuple(_compile(launch, device, what) for launch in launches))
+
+
+def record_launches(
+    template: Template, problem: Problem, outer: Config, config: Config, *, with_states: bool = True
+) -> list[Launch]:
+    """The launches a stage would make, on meta tensors."""
+    sizes = Sizes(problem, int(outer["chunk_size"]))
+    launcher = RecordingLauncher()
+    stage = next(stage for stage in stages_of(problem) if stage.name == template.stage)
+    call = Call(sizes, Config({**outer, **config}), launcher, problem.key_dim**-0.5)
+    template.run(call, meta_tensors(stage, sizes, outer, with_states=with_states))
+    return launcher.launches
+
+
+def meta_tensors(
+    stage: Stage, sizes: Sizes, outer: Config, *, with_states: bool = True
+) -> dict[str, torch.Tensor]:
+    """The tensors a template of `stage` is handed, without memory: the call's own, and the stage's buffers.
+
+    Gates, beta and logits are fp32, as the layers hand them over.
+    """
+    import torch
+
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64, "int32": torch.int32}
+    problem = sizes.problem
+    io = dtypes[problem.dtype]
+    key = (sizes.tokens, problem.num_heads, problem.key_dim)
+    value = (sizes.tokens, problem.num_heads, problem.value_dim)
+    state = (problem.sequences, problem.partitions, problem.num_heads, problem.key_dim, problem.value_dim)
+    inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"q": (key, io), "k": (key, io), "v": (value, io)}
+    inputs["g"] = (key if problem.rule == "gla" else key[:2], torch.float32)
+    if problem.rule == "gdn":
+        inputs["beta"] = (key[:2], torch.float32)
+    inputs |= {f"shared_{name}": spec for name, spec in inputs.items() if name != "v"}
+    if problem.num_partitions:
+        inputs["router_logits"] = ((sizes.tokens, problem.num_partitions), torch.float32)
+    if with_states:
+        inputs["initial_state"] = (state, torch.float32)
+    results = {**{f"d_{name}": spec for name, spec in inputs.items()}, "o": (value, io), "do": (value, io)}
+    if with_states:
+        results |= {"final_state": (state, torch.float32), "d_final_state": (state, torch.float32)}
+    specs = {**inputs, "cu_seqlens": ((problem.sequences + 1,), torch.int32)}
+    for name in (*stage.reads, *stage.writes):
+        if name in BUFFERS:
+            buffer = BUFFERS[name]
+            specs[name] = (buffer.shape(sizes), dtypes[buffer.dtype_in(problem, outer)])
+        elif name in results:
+            specs[name] = results[name]
+    return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
+
+
+def limits_reason(artifact: Artifact, device: Device) -> str | None:
+    """Why an artifact cannot run on a device; None if it can."""
+    for kernel in artifact.kernels:
+        block = kernel.registers * kernel.num_warps * WARP
+        for what, used, limit in (
+            ("shared memory of a block, bytes", kernel.smem_bytes, device.smem_per_block_bytes),
+            ("registers of a thread", kernel.registers, MAX_REGISTERS),
+            ("registers of a block", block, REGISTERS_PER_BLOCK),
+            ("tensor memory of a block, columns", kernel.tensor_memory, MAX_TENSOR_MEMORY),
+            *((f"grid along {axis}", used, limit) for axis, used, limit in zip("xyz", kernel.grid, MAX_GRID)),
+        ):
+            if used > limit:
+                return f"{kernel.name}: {what}: {used} > {limit} of {device.name}"
+    return None
+
+
+def _compile(launch: Launch, device: Device, what: str) -> KernelArtifact:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    target = GPUTarget("cuda", device.capability, WARP)
+    try:
+        signature, constants, attributes = _specialise(launch, target)
+        source = ASTSource(launch.kernel, signature, constants, attributes)
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        compiled = triton.compile(source, target=target, options=options)
+    except Exception as error:  # a compiler's failure may be of any type: Triton's, LLVM's, ptxas's, its own bug's
+        raise CompileError("the compiler must accept a template", f"{what}: {_one_line(error)}",
+                           "choose another config") from error
+    cubin = compiled.asm["cubin"]
+    registers, stack = _resource_usage(cubin, what)
+    return KernelArtifact(
+        name=compiled.metadata.name,
+        registers=registers,
+        spill_bytes=stack,
+        smem_bytes=compiled.metadata.shared,
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+        num_warps=compiled.metadata.num_warps,
+        grid=launch.grid,
+        cubin=cubin,
+    )
+
+
+def _specialise(
+    launch: Launch, target: Any
+) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+    """Signature, constants and attributes of a launch by the code that Triton runs at a launch.
+
+    Tensors' addresses count as divisible by 16, as those of the allocator are: a meta tensor's address is 0.
+    """
+    from triton.compiler import make_backend
+    from triton.runtime.jit import JITFunction, create_function_from_signature
+
+    kernel = launch.kernel
+    if not isinstance(kernel, JITFunction):
+        raise TypeError(f"{kernel!r} is no compiled function; kernels under TRITON_INTERPRET=1 have no machine code")
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, unknown = binder(**launch.args)
+    if unknown:
+        raise TypeError(f"{kernel.__name__} has no parameters {sorted(unknown)}")
+    signature = {param.name: kind for param, (kind, _) in zip(kernel.params, specialization)}
+    values = list(bound.values())
+    constants: dict[tuple[int, ...], Any] = {
+        (i,): values[i] for i, (kind, _) in enumerate(specialization) if kind == "constexpr"
+    }
+    attributes: dict[tuple[int, ...], Any] = {
+        (i,): backend.parse_attr(kind) for i, (_, kind) in enumerate(specialization) if isinstance(kind, str)
+    }
+    return signature, constants, attributes
+
+
+def _resource_usage(cubin: bytes, what: str) -> tuple[int, int]:
+    """Registers and stack bytes of a thread, from the cuobjdump that Triton ships."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True
+        )
+    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", done.stdout)}
+    if done.returncode or set(usage) != {"REG", "STACK"}:
+        raise CompileError(
+            "cuobjdump must tell what a kernel uses", f"{(done.stderr or done.stdout).strip()!r} for {what}",
+            "reinstall triton",
+        )
+    return usage["REG"], usage["STACK"]
+
+
+def _one_line(error: BaseException) -> str:
+    """The cause of a compiler's failure: the innermost message, without the source excerpt and the listing."""
+    cause = error
+    while cause.__cause__ is not None and str(cause.__cause__).strip():
+        cause = cause.__cause__
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip(" ^\t")]
+    # ptxas lists its command line and the PTX after the message; Triton's own errors end with theirs
+    wanted = [line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
+    line = (wanted[0] if wanted else lines[-1]) if lines else "no message"
+    return f"{type(cause).__name__}: {line[:300]}"
+
+
+def _shown(config: Config) -> str:
+    return ", ".join(f"{name}={value}" for name, value in config.items())

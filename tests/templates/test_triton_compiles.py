@@ -1,0 +1,189 @@
+"""Every Triton template compiles for every architecture, within the limits its constraints promise. Needs no GPU.
+
+Sizes and architectures are dealt out in turn rather than multiplied: one compilation takes seconds. What each template
+meets on each architecture is its default config at the head size of the released models; the other sizes and the
+corners of its space go round the architectures.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+import triton
+
+from sse_tune.compile import MAX_REGISTERS, compile_stage, limits_reason
+from sse_tune.device import ARCHS
+from sse_tune.problem import Problem
+from sse_tune.space import Config
+from sse_tune.templates.registry import find_template, templates_of
+from sse_tune.templates.stages import GRAPHS, Sizes
+
+pytestmark = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="Triton interprets: there is nothing to compile; `make test` runs this apart"
+)
+
+MAIN = {
+    "gdn": Problem.preset("spikingbrain2-5b"),
+    "gla": Problem.preset("spikingbrain2-5b", rule="gla", norm="none"),
+}
+OTHERS = {
+    "wide": {"gdn": Problem.preset("sse-gdn"), "gla": Problem.preset("sse-gla")},  # K=256 V=512, K=V=256
+    "fp32": {
+        rule: Problem(rule=rule, seq_len=4096, num_heads=4, head_dim=64, dtype="fp32", norm="after")
+        for rule in ("gdn", "gla")
+    },
+    "ragged": {
+        rule: Problem(
+            rule=rule, seq_len=3001, num_heads=3, head_dim=48, head_dim_v=80, dtype="fp16", num_sequences=7,
+            num_partitions=5, top_k=2, read_k=3, shared=False, norm="before",
+        )
+        for rule in ("gdn", "gla")
+    },
+    "plain": {
+        rule: Problem(rule=rule, seq_len=1000, num_heads=5, head_dim=128, num_partitions=0, top_k=0)
+        for rule in ("gdn", "gla")
+    },
+}  # fmt: skip
+
+# Shared memory every block may use without asking, and that a template without a constraint on it must keep to.
+UNASKED_SMEM_BYTES = 48 * 1024
+
+# (template, architecture) -> stack bytes of a thread that its default config may take at K = V = 128. What is not
+# listed spills nothing.
+MAX_SPILL_BYTES: dict[tuple[str, str], int] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    template: str
+    rule: str
+    arch: str
+    size: str = "main"
+    outer: tuple[tuple[str, object], ...] = ()
+    config: tuple[tuple[str, object], ...] = ()
+
+    def __str__(self):
+        changes = "-".join(f"{name}{value}" for name, value in (*self.outer, *self.config))
+        return "-".join(part for part in (self.template, self.rule, self.arch, self.size, changes) if part)
+
+    @property
+    def problem(self):
+        return (MAIN if self.size == "main" else OTHERS[self.size])[self.rule]
+
+
+def served():
+    return [(template, rule) for template in templates_of("triton") for rule in template.rules]
+
+
+def default_cases():
+    return [Case(template.name, rule, arch) for template, rule in served() for arch in ARCHS]
+
+
+def size_cases():
+    archs = itertools.cycle(ARCHS)
+    return [Case(template.name, rule, next(archs), size) for template, rule in served() for size in OTHERS]
+
+
+def corner_cases():
+    """The first and last value of each parameter, and of each outer choice, the rest as near the default as it can."""
+    archs = itertools.cycle(ARCHS)
+    cases = []
+    for template, rule in served():
+        if rule != template.rules[0]:
+            continue  # what serves both rules was seen with the other one
+        for param in GRAPHS["staged"].params:
+            cases += [
+                Case(template.name, rule, next(archs), outer=((param.name, value),))
+                for value in dict.fromkeys((param.values[0], param.values[-1])) if value != param.default
+            ]  # fmt: skip
+        for param in template.space.params:
+            cases += [
+                Case(template.name, rule, next(archs), config=((param.name, value),))
+                for value in dict.fromkeys((param.values[0], param.values[-1])) if value != param.default
+            ]  # fmt: skip
+    return cases
+
+
+def nearest(space, problem, device, outer, fixed):
+    """The config next to the default among those that pass and hold the fixed values; None if there is none."""
+    fixed = dict(fixed)
+    held = tuple(
+        dataclasses.replace(param, values=(fixed[param.name],), default=fixed[param.name]) if param.name in fixed
+        else param
+        for param in space.params
+    )  # fmt: skip
+    narrowed = dataclasses.replace(space, params=held)
+    if next(narrowed.configs(problem, device, outer), None) is None:
+        return None
+    return narrowed.default(problem, device, outer)
+
+
+def promised_smem_bytes(template, problem, outer, config, device):
+    """The least shared memory with which the template's constraints let this config pass; 0 without a constraint."""
+    low, high = 0, device.smem_per_block_bytes
+    while low < high:
+        middle = (low + high) // 2
+        smaller = dataclasses.replace(device, smem_per_block_bytes=middle)
+        if template.space.violations(problem, config, smaller, outer):
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def compile_case(case):
+    """The artifact of a case, with everything asserted that holds of every config; None if no config passes."""
+    template, device, problem = find_template("triton", case.template), ARCHS[case.arch], case.problem
+    outer = nearest(GRAPHS["staged"], problem, device, None, case.outer)
+    if outer is None:
+        return None
+    config = nearest(template.space, problem, device, outer, case.config)
+    if config is None:
+        return None
+    artifact = compile_stage(template, problem, outer, config, case.arch)
+    assert limits_reason(artifact, device) is None, (outer, config)
+    assert 0 < artifact.registers <= MAX_REGISTERS
+    promised = promised_smem_bytes(template, problem, outer, config, device) or UNASKED_SMEM_BYTES
+    assert artifact.smem_bytes <= promised, (outer, config)
+    return artifact
+
+
+@pytest.mark.parametrize("case", default_cases(), ids=str)
+def test_default_config(case):
+    artifact = compile_case(case)
+    assert artifact is not None, "no config passes the constraints"
+    assert artifact.spill_bytes <= MAX_SPILL_BYTES.get((case.template, case.arch), 0), artifact
+
+
+@pytest.mark.parametrize("case", size_cases(), ids=str)
+def test_other_sizes(case):
+    assert compile_case(case) is not None, "no config passes the constraints"
+
+
+@pytest.mark.parametrize("case", corner_cases(), ids=str)
+def test_corner_of_the_space(case):
+    artifact = compile_case(case)
+    if artifact is None:
+        space, held = find_template("triton", case.template).space, {name for name, _ in case.config}
+        assert held <= {param.name for param in space.params}
+        pytest.skip("the constraints exclude this corner")
+
+
+def test_every_stage_of_both_rules_has_a_template():
+    from sse_tune.templates.stages import stages_of
+
+    names = {(template.stage, rule) for template, rule in served()}
+    assert names == {(stage.name, rule) for rule in MAIN for stage in stages_of(MAIN[rule])}
+
+
+def test_launch_grids_stay_within_bounds_for_a_million_tokens():
+    from sse_tune.compile import record_launches
+
+    for template, rule in served():
+        problem = MAIN[rule].replace(seq_len=2**20, num_heads=64)
+        outer = Config(chunk_size=16, state_dtype="io")
+        config = template.space.default(problem, ARCHS["sm_90"], outer)
+        for launch in record_launches(template, problem, outer, config):
+            assert launch.grid[0] < 2**31
+            assert all(extent <= 65535 for extent in launch.grid[1:])
+            assert launch.grid[0] <= 64 * 4 * Sizes(problem, 16).padded_rows

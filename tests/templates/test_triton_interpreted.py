@@ -1,0 +1,429 @@
+"""Every Triton template in Triton's interpreter, against the reference: small sizes, fp32, all the roles of rows.
+
+What runs here is what a GPU would run, kernel by kernel and mask by mask; what it cannot show is the compiler, the
+precision of tensor cores and races. Buffers are poisoned, so a row or a tail nobody wrote shows as NaN.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+import torch
+
+from sse_tune.device import ARCHS
+from sse_tune.plan import StageChoice
+from sse_tune.problem import Problem
+from sse_tune.reference import recurrent, route
+from sse_tune.runtime.pipeline import Execution, Inputs
+from sse_tune.space import Config
+from sse_tune.templates import registry
+from sse_tune.templates.registry import default_plan, templates_for
+from sse_tune.templates.stages import GRAPHS, Sizes, stages_of
+
+pytestmark = pytest.mark.interpret
+
+DEVICE = ARCHS["sm_90"]
+INF = float("inf")
+STREAM = ("q", "k", "g", "beta")
+# Relative Frobenius error, fp32 with exact products (kernels.md, section 6: 1e-5 and, of gates, 3e-5), fp16 as there.
+TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3}
+LOOSER = {"g": 3, "beta": 3, "shared_g": 3, "shared_beta": 3, "router_logits": 3, "k": 1.5, "shared_k": 1.5}
+
+
+def outer_of(problem, **changes):
+    return GRAPHS["staged"].default(problem, DEVICE).replace(**changes)
+
+
+def make_inputs(problem, lengths=None, *, logits=None, initial=False, gate=1.0, seed=0):
+    """Inputs of a problem, in its dtype; gates down to about `-4 * gate`, some rows of them 0."""
+    random = torch.Generator().manual_seed(seed)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16}[problem.dtype]
+    rows, heads = problem.batch * problem.seq_len, problem.num_heads
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=random)
+
+    def stream():
+        keys = (rows, heads, problem.key_dim)
+        g = torch.nn.functional.logsigmoid(2 * normal(*(keys if problem.rule == "gla" else keys[:2]))) * gate
+        g[::7] = 0.0
+        made = {"q": normal(*keys).to(dtype), "k": (0.5 * normal(*keys)).to(dtype), "g": g}
+        return made if problem.rule == "gla" else {**made, "beta": normal(rows, heads).sigmoid()}
+
+    tensors = {**stream(), "v": normal(rows, heads, problem.value_dim).to(dtype)}
+    if problem.num_partitions:
+        tensors["router_logits"] = normal(rows, problem.num_partitions) if logits is None else logits
+        if problem.shared:
+            tensors |= {f"shared_{name}": tensor for name, tensor in stream().items()}
+    lengths = lengths or [problem.seq_len] * problem.batch
+    offsets = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    assert offsets[-1] == rows, (lengths, rows)
+    if initial:
+        sizes = (problem.sequences, problem.partitions, heads, problem.key_dim, problem.value_dim)
+        tensors["initial_state"] = normal(*sizes)
+    return Inputs(**tensors, cu_seqlens=offsets)
+
+
+def reference(problem, inputs, chosen, do, d_final):
+    """o, final state and every gradient in float64, on the partitions the kernels chose."""
+    leaves = {
+        name: tensor.double().requires_grad_() for name, tensor in inputs.present().items() if name != "cu_seqlens"
+    }
+    batched = {name: tensor if name == "initial_state" else tensor[None] for name, tensor in leaves.items()}
+    o, final = recurrent(
+        *(batched.pop(name) for name in ("q", "k", "v", "g")), batched.pop("router_logits", None),
+        problem.top_k or 2, **batched, qk_l2norm=problem.norm != "none", gate_before_norm=problem.norm == "before",
+        read_k=problem.readers or None, output_final_state=True, cu_seqlens=inputs.cu_seqlens,
+        partitions=chosen[:, int(problem.shared):].long() if problem.num_partitions else None,
+    )  # fmt: skip
+    loss = (o[0] * do.double()).sum() + (0.0 if d_final is None else (final * d_final.double()).sum())
+    grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+    return {"o": o[0].detach(), "final_state": final.detach()} | {
+        f"d_{name}": grad for name, grad in zip(leaves, grads)
+    }
+
+
+def kernels(problem, inputs, allocate, outer=None, plan=None, final=True, do=None, d_final=None):
+    """The same from the templates, and the partitions they chose."""
+    plan = plan or default_plan(problem, DEVICE, "triton", outer)
+    execution = Execution(
+        plan, problem, inputs, scale=problem.key_dim**-0.5, output_final_state=final, allocate=allocate, keep=True
+    )
+    o, final_state = execution.forward()
+    results = {"o": o} | ({"final_state": final_state} if final else {})
+    if problem.trains:
+        results |= {f"d_{name}": grad for name, grad in execution.backward(do, d_final).items()}
+    return results, execution
+
+
+def error_of(actual, exact, zero):
+    """Relative error of the whole, and of the worst row (the last dimension) in units of the typical row."""
+    assert not actual.isnan().any(), "NaN: something was read that nobody wrote"
+    difference = actual.double() - exact
+    norm = exact.norm().item()
+    if norm <= zero:
+        return difference.norm().item(), 0.0
+    rows = difference.flatten(0, -2).norm(dim=-1) if difference.dim() > 1 else difference.abs()
+    typical = norm / math.sqrt(max(1, rows.numel()))
+    return difference.norm().item() / norm, rows.max().item() / typical / 20
+
+
+def compare(problem, inputs, allocate, *, outer=None, plan=None, final=True, d_final=True):
+    """Raises AssertionError when a result of the templates is not the reference's."""
+    random = torch.Generator().manual_seed(99)
+    do = torch.randn(inputs.v.shape, generator=random).to(inputs.v.dtype)
+    shape = (problem.sequences, problem.partitions, problem.num_heads, problem.key_dim, problem.value_dim)
+    d_final = torch.randn(shape, generator=random) if d_final and final else None
+    actual, execution = kernels(problem, inputs, allocate, outer, plan, final, do, d_final)
+    exact = reference(problem, inputs, execution.tensors["chosen"], do, d_final)
+    errors = {}
+    for name, tensor in actual.items():
+        allowed = TOLERANCE[problem.dtype] * LOOSER.get(name.removeprefix("d_"), 1)
+        # the norm cancels the gate: only epsilon is left of the router's gradient, so it counts in absolute terms
+        zero = 1.0 if name == "d_router_logits" and problem.norm == "before" else 1e-9
+        assert tensor.shape == exact[name].shape, name
+        whole, worst = error_of(tensor, exact[name], zero)
+        if max(whole, worst) > allowed:
+            errors[name] = f"{whole:.1e} (worst row {worst:.1e}) > {allowed:.1e}"
+    assert not errors, errors
+    return execution
+
+
+def problem_of(rule, norm="none", **changes):
+    sizes = dict(seq_len=21, num_heads=2, head_dim=16, head_dim_v=16, num_partitions=3, top_k=2, dtype="fp32")
+    return Problem(rule=rule, norm=norm, **{**sizes, **changes})
+
+
+RULES = pytest.mark.parametrize("rule", ["gla", "gdn"])
+NORMS = pytest.mark.parametrize("norm", ["none", "after", "before"])
+
+
+@RULES
+@NORMS
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "alone"])
+def test_matches_the_reference(rule, norm, shared, poisoned_empty):
+    problem = problem_of(rule, norm, seq_len=35, num_partitions=4, shared=shared, head_dim_v=32)
+    compare(problem, make_inputs(problem, initial=True), poisoned_empty, outer=outer_of(problem, chunk_size=16))
+
+
+@RULES
+@NORMS
+def test_plain(rule, norm, poisoned_empty):
+    problem = problem_of(rule, norm, num_partitions=0, top_k=0, batch=2, seq_len=19)
+    compare(problem, make_inputs(problem), poisoned_empty, outer=outer_of(problem, chunk_size=16))
+
+
+@RULES
+@pytest.mark.parametrize(("top_k", "read_k"), [(1, 3), (3, 1), (2, 4)])
+def test_readers_unlike_writers(rule, top_k, read_k, poisoned_empty):
+    problem = problem_of(rule, "after", num_partitions=4, top_k=top_k, read_k=read_k, shared=top_k != 2)
+    compare(problem, make_inputs(problem), poisoned_empty, outer=outer_of(problem, chunk_size=16))
+
+
+@RULES
+@pytest.mark.parametrize("lengths", [(0, 7, 0, 0, 17, 16, 0), (0, 0, 1), (1,) * 9, (15, 1, 16)], ids=str)
+def test_packed_sequences(rule, lengths, poisoned_empty):
+    problem = problem_of(rule, "before", seq_len=sum(lengths), num_sequences=len(lengths), num_heads=1)
+    inputs = make_inputs(problem, list(lengths), initial=True)
+    compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=16))
+
+
+@RULES
+@pytest.mark.parametrize("chunk_size", [32, 64, 128])
+def test_chunk_sizes(rule, chunk_size, poisoned_empty):
+    wide = chunk_size == 128  # 16-bit operands only, and the tiles of the GDN gradients do not fit in shared memory
+    problem = problem_of(
+        rule, "after", seq_len=40, num_heads=1, num_partitions=2, top_k=1, dtype="fp16" if wide else "fp32",
+        direction="fwd" if wide and rule == "gdn" else "fwd+bwd",
+    )  # fmt: skip
+    compare(problem, make_inputs(problem), poisoned_empty, outer=outer_of(problem, chunk_size=chunk_size))
+
+
+@RULES
+@pytest.mark.parametrize(("key_dim", "value_dim"), [(8, 32), (24, 20), (32, 5), (1, 1)])
+def test_head_sizes(rule, key_dim, value_dim, poisoned_empty):
+    problem = problem_of(rule, head_dim=key_dim, head_dim_v=value_dim, seq_len=20, num_heads=2)
+    inputs = make_inputs(problem, initial=True)
+    compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=16))
+
+
+@RULES
+@pytest.mark.parametrize(
+    "changes",
+    [dict(seq_len=1), dict(num_partitions=1, top_k=1), dict(num_partitions=5, top_k=4), dict(batch=3, seq_len=9)],
+    ids=str,
+)
+def test_small_and_extreme_counts(rule, changes, poisoned_empty):
+    problem = problem_of(rule, "after", **changes)
+    compare(problem, make_inputs(problem), poisoned_empty, outer=outer_of(problem, chunk_size=16))
+
+
+@RULES
+@pytest.mark.parametrize("final", [True, False], ids=["state-unread", "no-final-state"])
+@pytest.mark.parametrize("initial", [True, False], ids=["initial", "zeros"])
+def test_states_that_are_absent(rule, initial, final, poisoned_empty):
+    problem = problem_of(rule, num_heads=1)
+    compare(
+        problem, make_inputs(problem, initial=initial), poisoned_empty, outer=outer_of(problem, chunk_size=16),
+        final=final, d_final=False,
+    )  # fmt: skip
+
+
+@RULES
+def test_forward_only_gives_the_same_output(rule, poisoned_empty):
+    problem = problem_of(rule)
+    inputs, outer = make_inputs(problem), outer_of(problem, chunk_size=16)
+    forward, _ = kernels(problem.replace(direction="fwd"), inputs, poisoned_empty, outer, final=False)
+    do = torch.zeros_like(inputs.v)
+    both, _ = kernels(problem, inputs, poisoned_empty, outer, final=False, do=do)
+    assert torch.equal(forward["o"], both["o"])
+
+
+@RULES
+@pytest.mark.parametrize("gate", [0.0, 1e-4, 5.0, 50.0, 1e3])
+def test_gates_from_none_to_forgetting_all(rule, gate, poisoned_empty):
+    problem = problem_of(rule, num_heads=1, seq_len=33, num_partitions=2, top_k=1)
+    compare(problem, make_inputs(problem, gate=gate), poisoned_empty, outer=outer_of(problem, chunk_size=16))
+
+
+@RULES
+def test_gates_mixed_by_channel(rule, poisoned_empty):
+    problem = problem_of(rule, num_heads=2, seq_len=33, num_partitions=2, top_k=1)
+    inputs = make_inputs(problem)
+    levels = torch.tensor([0.0, -1e-4, -5.0, -50.0, -1e3])
+    g = levels[torch.arange(inputs.g.numel()) * 7 % 5].reshape(inputs.g.shape)
+    compare(problem, dataclasses.replace(inputs, g=g, shared_g=g.flip(0)), poisoned_empty,
+            outer=outer_of(problem, chunk_size=16))
+
+
+@pytest.mark.parametrize("beta", [1.0, 2.0])
+def test_repeated_keys_in_the_solve(beta, poisoned_empty):
+    problem = problem_of("gdn", "after", num_heads=1, seq_len=40, num_partitions=0, top_k=0)
+    inputs = make_inputs(problem)
+    k = inputs.k[:2].repeat(20, 1, 1)
+    inputs = dataclasses.replace(inputs, k=k, beta=torch.full_like(inputs.beta, beta), g=inputs.g * 1e-3)
+    compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=32))
+
+
+def hard_logits(kind, rows, partitions):
+    normal = torch.randn(rows, partitions, generator=torch.Generator().manual_seed(3))
+    if kind == "ties":
+        return torch.zeros(rows, partitions)
+    if kind == "few values":
+        return normal.round()
+    if kind == "hot":
+        return torch.where(torch.arange(partitions) == 2 % partitions, 50.0, normal)
+    if kind == "underflow":
+        return normal * 200
+    infinite = normal.clone()
+    infinite[::3, 0] = INF
+    infinite[1::3, -1] = -INF
+    infinite[::4] = -INF
+    infinite[5::6, :2] = INF
+    return infinite
+
+
+def plain_routing(problem, lengths, partitions, chunk_size):
+    """perm, inv, segment_chunks and chunk_segment, segment by segment, the way one would by hand."""
+    shared, lanes = int(problem.shared), problem.lanes
+    owner = [s for s, length in enumerate(lengths) for _ in range(length)]
+    segments = [[] for _ in range(len(lengths) * problem.partitions)]
+    for token, sequence in enumerate(owner):
+        if shared:
+            segments[sequence].append(token * lanes)
+        for lane, partition in enumerate(partitions[token].tolist() if problem.num_partitions else [], start=shared):
+            segment = len(lengths) * shared + sequence * problem.num_partitions + partition
+            segments[segment].append(token * lanes + lane)
+    perm, first, of_chunk = [], [0], []
+    for number, slots in enumerate(segments):
+        chunks = -(-len(slots) // chunk_size)
+        perm += slots + [-1] * (chunks * chunk_size - len(slots))
+        of_chunk += [number] * chunks
+        first.append(first[-1] + chunks)
+    bound = Sizes(problem, chunk_size).chunks
+    assert len(of_chunk) <= bound
+    of_chunk += [-1] * (bound - len(of_chunk))
+    perm += [-1] * (bound * chunk_size - len(perm))
+    inv = torch.empty(len(owner) * lanes, dtype=torch.int32)
+    for row, slot in enumerate(perm):
+        if slot >= 0:
+            inv[slot] = row
+    return {
+        "perm": perm, "inv": inv.view(-1, lanes).tolist(), "segment_chunks": first, "chunk_segment": of_chunk,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "few values", "hot", "underflow", "infinite"])
+@pytest.mark.parametrize(
+    ("lengths", "partitions", "top_k", "read_k", "shared"),
+    [
+        ([37], 4, 2, 2, True),
+        ([0, 9, 0, 0, 17, 70, 0], 5, 4, 4, True),
+        ([16, 1, 15, 33], 6, 1, 3, False),
+        ([1], 4, 2, 1, True),
+        ([1] * 40, 3, 1, 1, False),
+        ([20, 13], 1, 1, 1, True),
+        ([0, 80], 9, 8, 8, False),
+    ],
+    ids=str,
+)
+def test_routing(kind, lengths, partitions, top_k, read_k, shared, poisoned_empty):
+    problem = Problem(
+        rule="gdn", seq_len=sum(lengths), num_heads=1, head_dim=16, dtype="fp32", num_sequences=len(lengths),
+        num_partitions=partitions, top_k=top_k, read_k=read_k, shared=shared,
+    )  # fmt: skip
+    logits = hard_logits(kind, problem.seq_len, partitions)
+    expected = route(logits, top_k, read_k)
+    for block_t, chunk_size in ((16, 16), (64, 32)):
+        tensors = run_routing(problem, make_inputs(problem, lengths, logits=logits), block_t, chunk_size, poisoned_empty)
+        assert tensors["chosen"][:, int(shared):].tolist() == expected.partitions.tolist()
+        torch.testing.assert_close(tensors["weights"][:, int(shared):], expected.weights, rtol=1e-6, atol=1e-12)
+        if shared:
+            assert (tensors["weights"][:, 0] == 1).all()
+            assert (tensors["chosen"][:, 0] == 0).all()
+        for name, value in plain_routing(problem, lengths, expected.partitions, chunk_size).items():
+            assert tensors[name].tolist() == value, name
+
+
+def run_routing(problem, inputs, block_t, chunk_size, allocate):
+    plan = default_plan(problem, DEVICE, "triton", outer_of(problem, chunk_size=chunk_size))
+    choice = StageChoice("triton", "routing", Config(block_t=block_t, num_warps=4))
+    execution = Execution(plan, problem, inputs, scale=1.0, allocate=allocate, keep=True)
+    for stage in stages_of(problem)[:1]:
+        assert stage.name == "routing"
+        for name in stage.writes:
+            shape, dtype = execution._spec(name)
+            execution.tensors[name] = allocate(shape, dtype=dtype, device="cpu")
+    execution.run_stage("routing", choice)
+    return execution.tensors
+
+
+def test_routing_of_the_plain_stream(poisoned_empty):
+    problem = Problem(rule="gla", seq_len=21, num_heads=1, head_dim=16, num_partitions=0, top_k=0, num_sequences=3)
+    problem = problem.replace(dtype="fp32")
+    inputs = make_inputs(problem, [4, 0, 17])
+    tensors = run_routing(problem, inputs, 16, 16, poisoned_empty)
+    for name, value in plain_routing(problem, [4, 0, 17], None, 16).items():
+        assert tensors[name].tolist() == value, name
+
+
+def test_nan_logits_reach_the_weights_and_spare_the_neighbours(poisoned_empty):
+    problem = problem_of("gdn")
+    logits = hard_logits("normal", 21, 3)
+    logits[5, 1] = float("nan")
+    tensors = run_routing(problem, make_inputs(problem, logits=logits), 16, 16, poisoned_empty)
+    assert tensors["chosen"][:, 1:].tolist() == route(logits, 2).partitions.tolist()
+    assert tensors["weights"][5, 1:].isnan().all()
+    assert not tensors["weights"][[4, 6]].isnan().any()
+
+
+@RULES
+@pytest.mark.parametrize("kind", ["ties", "hot", "underflow", "infinite"])
+def test_hard_logits_through_the_whole(rule, kind, poisoned_empty):
+    problem = problem_of(rule, num_heads=1, num_partitions=3, top_k=2)
+    inputs = make_inputs(problem, logits=hard_logits(kind, 21, 3))
+    compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=16))
+
+
+def variants():
+    for rule in ("gla", "gdn"):
+        problem = problem_of(rule)
+        for stage in stages_of(problem):
+            (template, *_) = templates_for(stage.name, problem, ("triton",))
+            for param in template.space.params:
+                if param.name not in ("num_warps", "num_stages"):  # the interpreter knows neither
+                    for value in param.values:
+                        if value != param.default:
+                            yield pytest.param(rule, stage.name, param.name, value,
+                                               id=f"{template.name}-{param.name}-{value}-{rule}")
+
+
+@pytest.mark.parametrize(("rule", "stage", "name", "value"), list(variants()))
+def test_parameters_change_no_result(rule, stage, name, value, poisoned_empty):
+    problem = problem_of(rule, "after", seq_len=20, head_dim=24, head_dim_v=40, num_heads=1, num_partitions=2, top_k=1)
+    outer = outer_of(problem, chunk_size=32)
+    plan = default_plan(problem, DEVICE, "triton", outer)
+    template = registry.find_template("triton", plan.stages[stage].template)
+    configs = [c for c in template.space.configs(problem, DEVICE, outer) if c[name] == value]
+    if not configs:  # a tile wider than the head: the constraint must be what says so
+        assert template.space.violations(problem, plan.stages[stage].config.replace(**{name: value}), DEVICE, outer)
+        return
+    plan = plan.replace_stage(stage, StageChoice("triton", template.name, configs[0]))
+    compare(problem, make_inputs(problem), poisoned_empty, plan=plan)
+
+
+SPOILED = {
+    "k_scale": "prepare", "A": "prepare", "o_rows": "scan", "h": "recompute", "dh": "state_gradient",
+    "dv_rows": "state_gradient", "dk_rows": "gradients", "de_rows": "gradients", "dg_rows": "gradients",
+    "inv": "routing",
+}  # fmt: skip
+
+
+@RULES
+@pytest.mark.parametrize("buffer", SPOILED)
+def test_a_broken_kernel_turns_the_check_red(rule, buffer, poisoned_empty, monkeypatch):
+    """One chunk of what one stage wrote, off by a hundredth: the comparison above must not let it pass."""
+    problem = problem_of(rule, num_heads=1, seq_len=20, num_partitions=2, top_k=1)
+    (good,) = templates_for(SPOILED[buffer], problem, ("triton",))[:1]
+
+    def broken(call, tensors):
+        good.run(call, tensors)
+        if buffer == "inv":  # two tokens read each other's row
+            tensors["inv"][:2, 0] = tensors["inv"][:2, 0].flip(0)
+            return
+        chunk_size, spoiled = call.sizes.chunk_size, tensors[buffer]
+        chunk = int(tensors["inv"][0, 1]) // chunk_size  # of the first token's sparse row
+        if spoiled.shape[0] == call.sizes.padded_rows:
+            spoiled[chunk * chunk_size : (chunk + 1) * chunk_size].mul_(1.01)
+        else:
+            spoiled[chunk].mul_(1.01)
+
+    find, spoiled = registry.find_template, dataclasses.replace(good, run=broken)
+    monkeypatch.setattr(
+        "sse_tune.runtime.pipeline.find_template",
+        lambda backend, name: spoiled if name == good.name else find(backend, name),
+    )
+    inputs = make_inputs(problem, initial=True)
+    with pytest.raises(AssertionError, match="worst row"):
+        compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=16))
