@@ -1,0 +1,109 @@
+"""Compilation ahead of the GPU: candidates built on all cores, and what each will ask of the GPU."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import os
+import threading
+
+from sse_tune.compile import compile_stage, limits_reason
+from sse_tune.device import Device
+from sse_tune.plan import Plan, StageChoice
+from sse_tune.problem import Problem
+from sse_tune.space import Config
+from sse_tune.templates.registry import find_template
+from sse_tune.tuning.cases import CASES, case_problem
+from sse_tune.tuning.worker import JobResult, Worker
+
+DEADLINE_S = 120.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of a candidate: resources by name, and why it cannot run (None: it can)."""
+
+    outcome: str
+    reason: str | None
+    resources: dict[str, int]
+
+
+def compile_choice(
+    choice: StageChoice, problem: Problem, outer: Config, device: Device, with_states: bool
+) -> Compiled:
+    """Runs in a worker: leaves the binary in the compiler's cache, where the process that measures finds it."""
+    template = find_template(choice.backend, choice.template)
+    artifact = compile_stage(template, problem, outer, choice.config, device.arch, with_states=with_states)
+    resources = {
+        "registers": artifact.registers, "spill_bytes": artifact.spill_bytes, "smem_bytes": artifact.smem_bytes
+    }  # fmt: skip
+    reason = limits_reason(artifact, device)
+    return Compiled("ok" if reason is None else "rejected", reason, resources)
+
+
+class CompileAhead:
+    """A pool of compiling processes; `submit` returns at once.
+
+    Args:
+        device: the GPU to compile for.
+        size: how many processes; None: the cores but two, which feed the GPU.
+    """
+
+    def __init__(self, device: Device, size: int | None = None) -> None:
+        self.device = device
+        self.size = size or max(1, (os.cpu_count() or 1) - 2)
+        self._threads = concurrent.futures.ThreadPoolExecutor(self.size, thread_name_prefix="compile-ahead")
+        self._local = threading.local()
+        self._workers: list[Worker] = []
+        self._closed = False
+        self._cache: dict[tuple, concurrent.futures.Future[Compiled]] = {}
+
+    def __enter__(self) -> CompileAhead:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def submit(
+        self, choice: StageChoice, problem: Problem, outer: Config, *, with_states: bool = False
+    ) -> concurrent.futures.Future[Compiled]:
+        """Compiles a stage for a problem; the same request is answered from memory."""
+        key = (choice, problem, outer, with_states)
+        if key not in self._cache:
+            self._cache[key] = self._threads.submit(self._compile, choice, problem, outer, with_states)
+        return self._cache[key]
+
+    def submit_plan(
+        self, plan: Plan, problem: Problem, chunk_size: int, cases: tuple[str, ...]
+    ) -> list[concurrent.futures.Future[Compiled]]:
+        """Compiles a plan for a problem and for the sizes of some cases."""
+        wanted = {(problem, False)}
+        wanted |= {(case_problem(name, problem, chunk_size, "full")[0], CASES[name].states) for name in cases}
+        return [
+            self.submit(choice, posed, plan.outer, with_states=with_states)
+            for posed, with_states in wanted
+            for choice in plan.stages.values()
+            if choice.backend == "triton"
+        ]
+
+    def close(self) -> None:
+        """Ends all processes; what was not compiled stays so."""
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+        self._threads.shutdown(wait=True)
+
+    def _compile(self, choice: StageChoice, problem: Problem, outer: Config, with_states: bool) -> Compiled:
+        worker = getattr(self._local, "worker", None)
+        if worker is None:
+            worker = self._local.worker = Worker(threads=1)
+            self._workers.append(worker)
+        if self._closed:
+            return Compiled("interrupted", "the search ended", {})
+        arguments = (choice, problem, outer, self.device, with_states)
+        done: JobResult = worker.run(compile_choice, *arguments, deadline_s=DEADLINE_S)
+        if done.outcome == "ok":
+            return done.value
+        outcome = done.outcome if done.outcome in ("compile_error", "out_of_memory", "timeout") else "compile_error"
+        return Compiled(outcome, done.reason, {})

@@ -1,0 +1,144 @@
+"""How long a call takes: warm, L2 flushed, medians with their spread; rivals are measured in turn.
+
+On a GPU by CUDA events, in a CUDA graph where asked for; on a CPU by the clock, the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+MAX_REPEATS = 400
+_FLUSH_BYTES = 256 * 2**20  # more than the L2 of any GPU
+_CPU_FLUSH_BYTES = 64 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """Repeated timings of one call, in microseconds."""
+
+    times_us: tuple[float, ...]
+
+    @property
+    def median_us(self) -> float:
+        return statistics.median(self.times_us)
+
+    @property
+    def quartiles_us(self) -> tuple[float, float]:
+        if len(self.times_us) < 2:
+            return self.times_us[0], self.times_us[0]
+        low, _, high = statistics.quantiles(self.times_us, n=4, method="inclusive")
+        return low, high
+
+    @property
+    def noise_us(self) -> float:
+        """Half the width of a median's 95% interval (the notch of a box plot): 1.57 · IQR / sqrt(n)."""
+        low, high = self.quartiles_us
+        return 1.57 * (high - low) / len(self.times_us) ** 0.5
+
+    def beats(self, other: Timing, margin: float = 0.01) -> bool:
+        """Whether this call is faster than another measured in turn with it, by more than the noise and `margin`.
+
+        Judged by the ratio of each pair of neighbouring runs: what disturbed one disturbed the other.
+        """
+        ratios = Timing(tuple(mine / theirs for mine, theirs in zip(self.times_us, other.times_us)))
+        return ratios.median_us + max(ratios.noise_us, margin) < 1.0
+
+
+def compare(
+    sides: Mapping[str, Callable[[], object]],
+    device: torch.device | str,
+    *,
+    time_limit_s: float = 2.0,
+    min_repeats: int = 5,
+    graph: bool = False,
+    give_up_us: float | None = None,
+) -> dict[str, Timing]:
+    """Times several calls in turn, so that what drifts (clocks, temperature, other load) meets them all.
+
+    Args:
+        sides: name -> call.
+        device: where they run.
+        time_limit_s: of the whole comparison, warm-up not counted; `min_repeats` are made in any case.
+        min_repeats: of each side.
+        graph: replay each call as a CUDA graph; fails for a call that synchronises.
+        give_up_us: stop after two repeats when none was faster than this.
+    """
+    where = torch.device(device)
+    calls = dict(sides)
+    if where.type == "cuda":
+        if graph:
+            calls = {name: _captured(call) for name, call in calls.items()}
+        sample: Callable[[Callable[[], object]], float] = _GpuSampler(where)
+    else:
+        sample = _CpuSampler()
+    for call in calls.values():
+        sample(call)
+    sample_times: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    for repeat in range(MAX_REPEATS):
+        if repeat >= min_repeats and time.perf_counter() - begin >= time_limit_s:
+            break
+        if repeat == 2 and give_up_us is not None and all(min(times) > give_up_us for times in sample_times.values()):
+            break
+        for name, call in calls.items():
+            sample_times[name].append(sample(call))
+    return {name: Timing(tuple(times)) for name, times in sample_times.items()}
+
+
+def measure(
+    call: Callable[[], object],
+    device: torch.device | str,
+    *,
+    time_limit_s: float = 0.25,
+    min_repeats: int = 5,
+    graph: bool = False,
+    give_up_us: float | None = None,
+) -> Timing:
+    """Times one call until the limit is reached; see `compare`."""
+    limits = dict(time_limit_s=time_limit_s, min_repeats=min_repeats, give_up_us=give_up_us)
+    return compare({"": call}, device, graph=graph, **limits)[""]  # type: ignore[arg-type]
+
+
+class _GpuSampler:
+    def __init__(self, device: torch.device) -> None:
+        self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
+        self.device = device
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        with torch.cuda.device(self.device):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            # the flush also keeps the GPU busy while the host launches, so that launches of a short call overlap it
+            self.flush.zero_()
+            start.record()
+            call()
+            stop.record()
+            stop.synchronize()
+        return start.elapsed_time(stop) * 1e3
+
+
+class _CpuSampler:
+    def __init__(self) -> None:
+        self.flush = torch.empty(_CPU_FLUSH_BYTES, dtype=torch.int8)
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        self.flush.zero_()
+        start = time.perf_counter()
+        call()
+        return (time.perf_counter() - start) * 1e6
+
+
+def _captured(call: Callable[[], object]) -> Callable[[], object]:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles and warms up outside the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay

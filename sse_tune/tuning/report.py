@@ -1,0 +1,119 @@
+"""What a search found, and how to say so."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from sse_tune.device import Device
+from sse_tune.plan import Plan
+from sse_tune.problem import Problem
+from sse_tune.tuning.measure import Timing
+
+
+class SearchInterrupted(KeyboardInterrupt):
+    """Ctrl-C during a search. All trials that ended are kept; `search(..., resume=True)` goes on from them.
+
+    Args:
+        study: the id of the study in the database.
+        trials: how many trials were made.
+    """
+
+    def __init__(self, study: str, trials: int) -> None:
+        self.study, self.trials = study, trials
+        super().__init__(f"stopped; {trials} trials are kept in study {study}; go on with resume=True (`--resume`)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SearchReport:
+    """The result of a search.
+
+    Args:
+        problem, device: what was tuned, and for which processor.
+        bucket: the name under which the answer is stored.
+        study: the study's id in the database.
+        default: timing of the default plan, measured in turn with the best; None: the default was not admitted.
+        best: timing of the plan that is the answer.
+        plan: the answer.
+        is_default: whether the answer is the default plan, since none beat it by more than the noise.
+        errors: the answer's largest relative error against the reference, by tensor.
+        outcomes: trials by outcome.
+        trials: all trials of the study, rejected ones included.
+        wall_s: how long the search took.
+        stored: whether the database took the answer; it keeps the faster of two.
+        default_failure: why the default was not admitted.
+    """
+
+    problem: Problem
+    device: Device
+    bucket: str
+    study: str
+    default: Timing | None
+    best: Timing
+    plan: Plan
+    is_default: bool
+    errors: dict[str, float]
+    outcomes: dict[str, int]
+    trials: int
+    wall_s: float
+    stored: bool
+    default_failure: str | None = None
+
+    @property
+    def default_time_us(self) -> float | None:
+        return None if self.default is None else self.default.median_us
+
+    @property
+    def best_time_us(self) -> float:
+        return self.best.median_us
+
+    @property
+    def speedup(self) -> float | None:
+        """Of the answer over the default; None: there is no timing of the default."""
+        return None if self.default is None else self.default.median_us / self.best.median_us
+
+    @property
+    def error(self) -> float:
+        """The largest relative error of all tensors."""
+        return max(self.errors.values(), default=0.0)
+
+    def lines(self) -> list[str]:
+        """The report in words, a line each."""
+        counts = ", ".join(f"{count} {outcome}" for outcome, count in sorted(self.outcomes.items()))
+        lines = [
+            f"{self.bucket} on {self.device.name}",
+            f"best     {_shown(self.best)}",
+            f"error    {self.error:.1e} at most, against the reference in float64",
+            f"trials   {self.trials} in {self.wall_s:.0f} s: {counts}",
+            f"study    {self.study}",
+        ]
+        if self.default is not None:
+            lines.insert(1, f"default  {_shown(self.default)}")
+            remark = "; the default is the answer" if self.is_default else ""
+            lines.insert(3, f"speed-up {self.speedup:.2f}x{remark}")
+        else:
+            lines.insert(1, f"default  not admitted: {self.default_failure}")
+        return lines
+
+    def to_dict(self) -> dict[str, object]:
+        """For a script to read."""
+        return {
+            "problem": self.problem.to_dict(),
+            "device": self.device.slug,
+            "bucket": self.bucket,
+            "study": self.study,
+            "default_time_us": self.default_time_us,
+            "best_time_us": self.best_time_us,
+            "speedup": self.speedup,
+            "is_default": self.is_default,
+            "plan": self.plan.to_dict(),
+            "errors": self.errors,
+            "outcomes": self.outcomes,
+            "trials": self.trials,
+            "wall_s": self.wall_s,
+            "stored": self.stored,
+        }
+
+
+def _shown(timing: Timing) -> str:
+    low, high = timing.quartiles_us
+    return f"{timing.median_us:.0f} us (quartiles {low:.0f}..{high:.0f}, {len(timing.times_us)} runs)"

@@ -1,0 +1,162 @@
+"""The whole search on a CPU: an answer in the database, every trial kept, Ctrl-C and resume, bad candidates."""
+
+import signal
+import threading
+
+import pytest
+
+from sse_tune.database.store import TuningDatabase
+from sse_tune.device import Device
+from sse_tune.errors import SearchError
+from sse_tune.plan import Plan
+from sse_tune.problem import Problem
+from sse_tune.templates.registry import default_plan, validate_plan
+from sse_tune.templates.stages import GRAPHS
+from sse_tune.tuning import search as search_module
+from sse_tune.tuning.jobs import Attempt
+from sse_tune.tuning.report import SearchInterrupted
+from sse_tune.tuning.search import search
+from sse_tune.tuning.staged import outer_points, predicted_us
+from sse_tune.tuning.worker import JobResult
+
+
+@pytest.fixture
+def database(tmp_path):
+    with TuningDatabase(tmp_path / "tuning.db") as database:
+        yield database
+
+
+def test_search_ends_with_an_admitted_answer(small, database, cpu):
+    seen = []
+    report = search(small, 40, database=database, trials=4, device="cpu", progress=lambda *told: seen.append(told))
+    validate_plan(report.plan, small, cpu)
+    assert report.default is not None
+    assert report.speedup >= 1.0
+    assert 0 < report.error < 1e-4
+    assert {"o", "d_q", "d_router_logits"} <= set(report.errors)
+    assert report.outcomes["ok"] == 4
+    trials = database.trials(report.study)
+    assert [trial.number for trial in trials] == list(range(len(trials)))
+    ok = [trial for trial in trials if trial.outcome == "ok"]
+    assert len(ok) == 4
+    assert Plan.from_dict(ok[0].plan) == default_plan(small, cpu)
+    assert all(trial.timings_us and trial.errors for trial in ok)
+    (answer,) = database.answers()
+    assert (answer.plan, answer.bucket) == (report.plan, small.bucket.name)
+    assert answer.timings_us == report.best.times_us
+    assert answer.how["study"] == report.study
+    assert seen[0][0] == "admitting the default"
+    assert seen[-1][0] == "done"
+    assert any("speed-up" in line for line in report.lines())
+
+
+def test_interrupted_search_keeps_its_trials_and_resumes(small, database):
+    main = threading.main_thread().ident
+
+    def stop_in_the_third_trial(phase, done, total, best_us):
+        if phase == "plans" and done == 2:
+            threading.Timer(0.02, signal.pthread_kill, (main, signal.SIGINT)).start()
+
+    with pytest.raises(SearchInterrupted, match="go on with resume=True") as stopped:
+        search(small, 60, database=database, device="cpu", progress=stop_in_the_third_trial)
+    kept = database.trials(stopped.value.study)
+    ok = [trial for trial in kept if trial.outcome == "ok"]
+    assert len(ok) >= 2
+    assert [trial.outcome for trial in kept].count("interrupted") == 1
+    report = search(small, 60, database=database, resume=True, trials=2, device="cpu")
+    assert report.study == stopped.value.study
+    plans = [Plan.from_dict(t.plan) for t in database.trials(report.study) if t.outcome == "ok"]
+    assert len(plans) == len(set(plans)), "a resumed search must not repeat what was done"
+    assert len(plans) == len(ok) + 2
+
+
+class PlantedWorker:
+    """Answers of a worker whose candidates are bad in turn; the default is good, and so is the last."""
+
+    def __init__(self, bad):
+        self.bad, self.runs = bad, 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def run(self, job, *arguments, deadline_s):
+        if job.__name__ == "time_in_turn":
+            times = {key: (100.0 - number,) * 7 for number, key in enumerate(arguments[0])}
+            return JobResult("ok", times, None, 0.1)
+        if job.__name__ == "check":
+            return JobResult("ok", Attempt("ok", None, (), {"o": 1e-7}), None, 0.1)
+        self.runs += 1
+        if 1 < self.runs <= 1 + len(self.bad):
+            outcome = self.bad[self.runs - 2]
+            if outcome == "wrong":
+                return JobResult("ok", Attempt("wrong", "case gates: d_q: relative error 1 > 1e-5"), None, 0.1)
+            return JobResult(outcome, None, f"planted {outcome}", 0.1)
+        return JobResult("ok", Attempt("ok", None, (100.0, 101.0, 99.0), {"o": 1e-7}), None, 0.1)
+
+
+def test_bad_candidates_are_recorded_and_not_tried_again(small, database, cpu, monkeypatch):
+    bad = ("wrong", "crash", "timeout", "out_of_memory")
+    monkeypatch.setattr(search_module, "Worker", lambda: PlantedWorker(bad))
+    report = search(small, 30, database=database, device=cpu)
+    for outcome in bad:
+        (trial,) = [trial for trial in database.trials(report.study) if trial.outcome == outcome]
+        assert trial.reason
+        assert trial.time_us is None
+    refused = database.quarantined()
+    assert sorted(record.reason.split(":")[0] for record in refused) == ["case gates", "planted crash"]
+    again = search(small, 30, database=database, device=cpu)
+    quarantined = [t for t in database.trials(again.study) if t.reason and t.reason.startswith("quarantined")]
+    assert len(quarantined) == 2
+    assert again.outcomes["rejected"] >= 2
+
+
+def test_default_stays_unless_beaten_beyond_the_noise(small, database, cpu, monkeypatch):
+    class Tied(PlantedWorker):
+        def run(self, job, *arguments, deadline_s):
+            if job.__name__ == "time_in_turn":
+                times = {key: (100.0, 90.0 + number, 110.0, 95.0, 105.0) for number, key in enumerate(arguments[0])}
+                return JobResult("ok", times, None, 0.1)
+            return super().run(job, *arguments, deadline_s=deadline_s)
+
+    monkeypatch.setattr(search_module, "Worker", lambda: Tied(()))
+    report = search(small, 30, database=database, device=cpu)
+    assert report.is_default
+    assert report.plan == default_plan(small, cpu)
+
+
+def test_nothing_admitted_is_an_error(small, database, cpu, monkeypatch):
+    class Wrong(PlantedWorker):
+        def run(self, job, *arguments, deadline_s):
+            return JobResult("timeout", None, "planted", 0.1)
+
+    monkeypatch.setattr(search_module, "Worker", lambda: Wrong(()))
+    with pytest.raises(SearchError, match="the default failed: timeout, planted"):
+        search(small, 30, database=database, device=cpu)
+    assert {t.outcome for t in database.trials()} <= {"timeout", "rejected"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "rule"),
+    [
+        (dict(budget_s=0), "budget must be positive"),
+        (dict(trials=0), "budget must be positive"),
+        (dict(backends=["nonsense"]), "backends must be known"),
+        (dict(backends=["triton"]), "kernels need a GPU"),
+    ],
+)
+def test_bad_arguments(small, database, cpu, arguments, rule):
+    with pytest.raises(SearchError, match=rule):
+        search(small, database=database, device=cpu, **arguments)
+
+
+def test_outer_points_are_ranked_by_the_model():
+    problem, gpu = Problem.preset("spikingbrain2-5b"), Device.from_arch("sm_90")
+    default = GRAPHS["staged"].default(problem, gpu)
+    points = outer_points(problem, gpu, default, 4)
+    assert points[0] == default
+    assert len(set(points)) == 4
+    predictions = [predicted_us(problem, outer) for outer in points[1:]]
+    assert predictions == sorted(predictions)
