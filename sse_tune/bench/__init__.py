@@ -1,0 +1,1 @@
+"""Measuring this project beside the floor of the machine and beside other implementations."""

@@ -1,0 +1,53 @@
+"""The floor: sums of bytes and FLOPs at given rates, and rates that a machine can have."""
+
+import pytest
+
+from sse_tune.bench.roofline import Ceilings, call_bytes, floor_of, measure_ceilings
+from sse_tune.device import Device
+from sse_tune.problem import Problem
+from sse_tune.space import Config
+from sse_tune.templates.stages import stages_of
+
+H200 = Ceilings(copy_bytes_per_s=4.26e12, matmul_flops_per_s=680e12)
+
+
+def floor(problem, ceilings=H200, **outer):
+    chosen = Config({"chunk_size": 64, "state_dtype": "io", **outer})
+    return floor_of(problem, Device.from_arch("sm_90"), ceilings, chosen)
+
+
+def test_each_stage_takes_the_longer_of_memory_and_compute():
+    found = floor(Problem.preset("spikingbrain2-5b"))
+    assert [stage.name for stage in found.stages] == [stage.name for stage in stages_of(Problem.preset("spikingbrain2-5b"))]
+    for stage in found.stages:
+        assert stage.time_us == max(stage.memory_us, stage.compute_us)
+        assert stage.memory_us == pytest.approx(1e6 * stage.bytes / 4.26e12)
+    assert found.time_us == pytest.approx(sum(stage.time_us for stage in found.stages))
+
+
+def test_the_staged_floor_lies_above_the_fused_one():
+    for preset in ("spikingbrain2-5b", "sse-gla", "sse-gdn", "sse-gla-128"):
+        for direction in ("fwd", "fwd+bwd"):
+            found = floor(Problem.preset(preset, direction=direction, seq_len=32768))
+            assert 0 < found.fused_us < found.time_us
+
+
+def test_the_floor_grows_with_the_length_and_hardly_with_the_partitions():
+    base = Problem.preset("spikingbrain2-5b", seq_len=32768, direction="fwd")
+    assert floor(base.replace(seq_len=65536)).time_us == pytest.approx(2 * floor(base).time_us, rel=0.05)
+    assert floor(base.replace(num_partitions=32)).time_us == pytest.approx(floor(base).time_us, rel=0.1)
+
+
+def test_call_bytes_counts_each_tensor_once():
+    plain = Problem(rule="gla", seq_len=10, num_heads=2, head_dim=4, num_partitions=0, top_k=0, direction="fwd")
+    # q, k, v, g and o of [10, 2, 4], two bytes a number
+    assert call_bytes(plain) == 5 * 10 * 2 * 4 * 2
+    sparse = plain.replace(num_partitions=3, top_k=1, read_k=1)
+    # beside them the always-on q, k, g, and the logits
+    assert call_bytes(sparse) == (5 + 3) * 10 * 2 * 4 * 2 + 10 * 3 * 4
+
+
+def test_ceilings_are_measured():
+    found = measure_ceilings(Device.detect("cpu"), "fp32", time_limit_s=0.05)
+    assert 1e8 < found.copy_bytes_per_s < 1e13
+    assert 1e8 < found.matmul_flops_per_s < 1e15

@@ -1,0 +1,28 @@
+"""What the tests share: which machine a test needs, and allocations full of poison."""
+
+import pytest
+import torch
+
+POISON = {torch.int32: -12345}
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that this process cannot run say why; the Makefile runs each kind where it can."""
+    import triton
+
+    interpreting = triton.knobs.runtime.interpret
+    for item in items:
+        if item.get_closest_marker("interpret") and not interpreting:
+            item.add_marker(pytest.mark.skip(reason="Triton's interpreter is off; run with TRITON_INTERPRET=1"))
+        if item.get_closest_marker("gpu") and (interpreting or not torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU, and Triton compiling"))
+
+
+@pytest.fixture
+def poisoned_empty():
+    """`torch.empty` whose memory holds NaN, or -12345 if of integers: reading what nobody wrote shows."""
+
+    def allocate(shape, dtype, device):
+        return torch.full(shape, POISON.get(dtype, float("nan")), dtype=dtype, device=device)
+
+    return allocate
