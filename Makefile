@@ -32,7 +32,7 @@ else
 VENV_FLAGS :=
 CONSTRAINTS := --constraint constraints-cpu.txt
 endif
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --prefer-binary $(CONSTRAINTS)
+PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --prefer-binary $(CONSTRAINTS)
 
 help:
 	@sed -n 's/^#   //p' Makefile

@@ -119,6 +119,8 @@ def _database(db: str | None) -> tuple[Finding, bool]:
         return Finding("database", GOOD, text), False
     except DatabaseError as error:
         return Finding("database", BAD, str(error)), True
+    except ImportError as error:
+        return Finding("database", BAD, f"{_line(error)}; install sse-tune with what it needs"), False
 
 
 def _answers(device: Device | None) -> list[Finding]:

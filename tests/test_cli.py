@@ -1,4 +1,4 @@
-"""The command: what each says on stdout, stderr and by its exit code; one search of a tiny problem in a real process."""
+"""The command: what it says on stdout, on stderr and by its exit code; real searches of a tiny problem."""
 
 import contextlib
 import json
@@ -26,7 +26,10 @@ from sse_tune.errors import (
 )
 
 ROOT = pathlib.Path(__file__).parent.parent
-TINY = "--rule gdn --heads 1 --head-dim 8 --partitions 2 --top-k 1 --seq-len 32 --dtype fp32 --device cpu".split()
+TINY = [
+    *("--rule", "gdn", "--heads", "1", "--head-dim", "8", "--partitions", "2", "--top-k", "1"),
+    *("--seq-len", "32", "--dtype", "fp32", "--device", "cpu"),
+]
 
 
 def run(*arguments):

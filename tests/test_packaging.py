@@ -1,4 +1,4 @@
-"""What is installed is what is in the repository: every package, every shipped answer, the command, the rules of size."""
+"""What is installed is what is in the repository: every package and shipped answer; and files can be read."""
 
 import json
 import pathlib

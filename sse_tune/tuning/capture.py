@@ -1,4 +1,4 @@
-"""Capture in a CUDA graph: the proof that a plan never waits for the GPU, and that it runs the same without the host."""
+"""Capture in a CUDA graph: the proof that a plan never waits for the host, and runs the same without it."""
 
 from __future__ import annotations
 

@@ -26,7 +26,15 @@ def exact_op(q, k, v, g, beta, scale, normalise, offsets):
 )
 def test_varlen_over_the_reference_is_our_operation(rule, norm, more):
     problem = Problem(
-        **{"rule": rule, "seq_len": 23, "num_heads": 2, "head_dim": 8, "norm": norm, "dtype": "fp32", "direction": "fwd"}
+        **{
+            "rule": rule,
+            "seq_len": 23,
+            "num_heads": 2,
+            "head_dim": 8,
+            "norm": norm,
+            "dtype": "fp32",
+            "direction": "fwd",
+        }
         | more
     )
     case = workload(problem, "cpu")

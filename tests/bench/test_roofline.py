@@ -17,8 +17,9 @@ def floor(problem, ceilings=H200, **outer):
 
 
 def test_each_stage_takes_the_longer_of_memory_and_compute():
-    found = floor(Problem.preset("spikingbrain2-5b"))
-    assert [stage.name for stage in found.stages] == [stage.name for stage in stages_of(Problem.preset("spikingbrain2-5b"))]
+    problem = Problem.preset("spikingbrain2-5b")
+    found = floor(problem)
+    assert [stage.name for stage in found.stages] == [stage.name for stage in stages_of(problem)]
     for stage in found.stages:
         assert stage.time_us == max(stage.memory_us, stage.compute_us)
         assert stage.memory_us == pytest.approx(1e6 * stage.bytes / 4.26e12)

@@ -8,8 +8,8 @@ two halves and let r be b at the last row of the first: for i in the second and 
 One tile E_S, e^(b - r) in second halves and e^(r - b) in first ones, serves all blocks of S rows at once, as factors of
 a dot of which only the pairs (second half, first half) of one block are kept. The exponents are sums of log-gates, and
 a product with a matrix of ones and zeros takes them. S = C, C/2, ..., 2 cover every pair i > j
-once; pairs i = j have no decay. So there is nothing to clamp, and no loop over rows. Blocks of MIDPOINT_ROWS rows may
-instead take one reference in their middle, where exponents of both signs stay within MIDPOINT_NATS.
+once; pairs i = j have no decay. So there is nothing to clamp, and no loop over rows. Blocks of 16 rows may
+instead take one reference in their middle, where exponents of both signs stay within 40 nats.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from sse_tune.templates.triton.common import block_of, item_bytes, load_rows, lo
 
 MODULE = "sse_tune.templates.triton.gla_common"
 
-MIDPOINT_ROWS = tl.constexpr(16)
+MIDPOINT_LEVELS = tl.constexpr(4)  # blocks of 16 rows
 MIDPOINT_NATS = tl.constexpr(40.0)  # e^80, the largest product, times any operands is a finite fp32
 
 
@@ -57,13 +57,8 @@ def walk_constraints(key_tiles: int) -> tuple[Constraint, ...]:
 
 
 def split_arguments(call: Call) -> dict[str, Any]:
-    """How the pairs of a chunk are taken: SPLITS levels of halves, or MIDPOINT_SPLITS and then about the middles."""
-    splits = call.sizes.chunk_size.bit_length() - 1
-    return dict(
-        MIDPOINT=call.config["diagonal"] == "midpoint",
-        SPLITS=splits,
-        MIDPOINT_SPLITS=splits - (MIDPOINT_ROWS.value.bit_length() - 1),
-    )
+    """How the pairs of a chunk are taken: LEVELS levels of halves, the smallest of them about their middles or not."""
+    return dict(MIDPOINT=call.config["diagonal"] == "midpoint", LEVELS=call.sizes.chunk_size.bit_length() - 1)
 
 
 @triton.jit
@@ -103,28 +98,44 @@ def gates_in_all(b_high, b_low):
 
 
 @triton.jit
-def half_exponent(b_high, b_low, C: tl.constexpr, S: tl.constexpr):
-    """The logarithm of E_S of the module's docstring, [C, BK]."""
+def walk_gates(p_g, b_head, m_write, o_k, C: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, EXACT: tl.constexpr):
+    """b [C, BK], b_C - b [C, BK] and b_C [BK] for a walk along a segment.
+
+    There a scan along rows and a difference are cheaper than products, which would tie the layout of the rows to that
+    of the state; the digits that strong gates take from the difference matter to fp32 alone."""
+    if EXACT:
+        b_high, b_low = gate_parts(p_g, b_head, m_write, o_k, K, BK)
+        b_b, b_rest = gates_up_to(b_high, b_low, C), gates_after(b_high, b_low, C)
+        b_end = gates_in_all(b_high, b_low)
+    else:
+        b_g = load_rows(p_g, b_head, m_write, o_k, K, BK)
+        b_b = tl.cumsum(log_gate(b_g, m_write[:, None]), 0)
+        b_end = tl.sum(tl.where(tl.arange(0, C)[:, None] == C - 1, b_b, 0.0), 0)
+        b_rest = b_end[None, :] - b_b
+    return b_b, b_rest, b_end
+
+
+@triton.jit
+def in_second(i_half, C: tl.constexpr):
+    """Which rows lie in the second half of their block, [C, 1]; a half has 2**i_half rows."""
+    return (((tl.arange(0, C) >> i_half) & 1) == 1)[:, None]
+
+
+@triton.jit
+def half_exponent(b_high, b_low, i_half, C: tl.constexpr):
+    """The logarithm of E_S of the module's docstring for halves of 2**i_half rows, [C, BK]."""
     o_c = tl.arange(0, C)
-    m_half = (o_c // (S // 2))[:, None] == (o_c // (S // 2))[None, :]
-    m_second = (o_c % S >= S // 2)[:, None]
-    m_order = m_second == (o_c[:, None] >= o_c[None, :])  # up to row i in second halves, after it in first ones
+    m_half = (o_c >> i_half)[:, None] == (o_c >> i_half)[None, :]
+    # up to row i in second halves, after it in first ones
+    m_order = in_second(i_half, C) == (o_c[:, None] >= o_c[None, :])
     return gate_sums(m_half & m_order, b_high, b_low)
 
 
 @triton.jit
-def half_pairs(C: tl.constexpr, S: tl.constexpr):
-    """[C, C], where two rows lie in the same block of S rows but in different halves."""
-    o_c = tl.arange(0, C)
-    m_block = (o_c // S)[:, None] == (o_c // S)[None, :]
-    return m_block & ((o_c // (S // 2))[:, None] != (o_c // (S // 2))[None, :])
-
-
-@triton.jit
-def mid_exponent(b_x, C: tl.constexpr):
-    """From `half_exponent` of S = MIDPOINT_ROWS: b less its value in the middle of the block, of both signs."""
-    m_second = (tl.arange(0, C) % MIDPOINT_ROWS >= MIDPOINT_ROWS // 2)[:, None]
-    return tl.where(m_second, b_x, -b_x)
+def half_pairs(i_half, C: tl.constexpr):
+    """[C, C], where two rows lie in the two halves of one block."""
+    b_half = tl.arange(0, C) >> i_half
+    return (b_half[:, None] ^ b_half[None, :]) == 1
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""GLA gradients: those of q, k, the gates and the router weight, one block per chunk and head.
+"""GLA gradients: those of q, k, the gates and the router weight; one block per chunk and head walks over K.
 
 With h the state before the chunk, dh the gradient of the one after, q̂ = c q, k̂ = a k, and Xq, Xk their gradients:
 
@@ -26,15 +26,15 @@ from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
 from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, load_state, store_rows
 from sse_tune.templates.triton.gla_common import (
+    MIDPOINT_LEVELS,
     MIDPOINT_NATS,
-    MIDPOINT_ROWS,
     gate_parts,
     gates_after,
     gates_in_all,
     gates_up_to,
     half_exponent,
     half_pairs,
-    mid_exponent,
+    in_second,
     wide_operand,
 )
 
@@ -55,21 +55,22 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 
 SPACE = Space(
     params=(
-        Param("block_k", (32, 64, 128, 256), 128, "columns of K at a time"),
+        Param("block_k", (16, 32, 64, 128), 64, "columns of K at a time"),
         Param("block_v", (16, 32, 64, 128), 64, "columns of V at a time"),
-        Param("diagonal", ("exact", "midpoint"), "midpoint",
+        Param("diagonal", ("exact", "midpoint"), "exact",
               "blocks of 16 rows: by halves, or about their middle where the gates allow"),
-        Param("num_warps", (2, 4, 8), 8, "warps per block"),
+        Param("num_warps", (2, 4, 8), 4, "warps per block"),
         Param("num_stages", (1, 2, 3), 2, "tiles of V in flight"),
     ),
     constraints=(
         Constraint("block_k <= K, or the smallest block",
-                   lambda p, c, d: c["block_k"] == 32 or c["block_k"] <= block_of(p.key_dim)),
+                   lambda p, c, d: c["block_k"] == 16 or c["block_k"] <= block_of(p.key_dim)),
         Constraint("block_v <= V, or the smallest block",
                    lambda p, c, d: c["block_v"] == 16 or c["block_v"] <= block_of(p.value_dim)),
         # Xq, Xk, db, b, E and Y are held at once
         Constraint("chunk_size * block_k / (32 * num_warps) <= 32",
-                   lambda p, c, d: c["chunk_size"] * min(c["block_k"], block_of(p.key_dim)) <= 32 * 32 * c["num_warps"]),
+                   lambda p, c, d:
+                   c["chunk_size"] * min(c["block_k"], block_of(p.key_dim)) <= 32 * 32 * c["num_warps"]),
         Constraint("chunk_size * chunk_size / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
         Constraint("the tiles fit in shared memory",
@@ -94,14 +95,13 @@ def norm_terms(b_dot, b_square, b_weight, NORM: tl.constexpr):
 
 @triton.jit
 def add_halves(
-    b_xq, b_xk, b_db, b_q, b_k, b_high, b_low, b_c, b_a, b_pairs,
-    C: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr,
+    b_xq, b_xk, b_db, b_q, b_k, b_high, b_low, b_c, b_a, b_pairs, i_half, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what pairs in the same block of S rows but in different halves give to Xq, Xk and db."""
-    m_second = ((tl.arange(0, C) % S) >= S // 2)[:, None]
-    b_e = tl.exp(half_exponent(b_high, b_low, C, S))
+    """Adds what pairs in the two halves of one block give to Xq, Xk and db; a half has 2**i_half rows."""
+    m_second = in_second(i_half, C)
+    b_e = tl.exp(half_exponent(b_high, b_low, i_half, C))
     b_z = wide_operand(b_e * tl.where(m_second, b_q * b_c[:, None], b_k * b_a[:, None]), b_q.dtype)
-    b_level = tl.where(half_pairs(C, S), b_pairs, 0.0).to(b_z.dtype)
+    b_level = tl.where(half_pairs(i_half, C), b_pairs, 0.0).to(b_z.dtype)
     b_y = tl.dot(b_level, b_z, input_precision=PRECISION)
     b_zy = b_z.to(tl.float32) * b_y
     b_db += tl.where(m_second, b_zy, -b_zy)
@@ -113,9 +113,10 @@ def add_halves(
 def add_middles(
     b_xq, b_xk, b_db, b_q, b_k, b_x, b_c, b_a, b_pairs, C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The same of pairs in the same block of MIDPOINT_ROWS rows; b_x is `mid_exponent`."""
-    o_b = tl.arange(0, C) // MIDPOINT_ROWS
+    """The same of all pairs in the same block of 16 rows; b_x is its `half_exponent`."""
+    o_b = tl.arange(0, C) >> MIDPOINT_LEVELS
     m_lower = (o_b[:, None] == o_b[None, :]) & (tl.arange(0, C)[:, None] > tl.arange(0, C)[None, :])
+    b_x = tl.where(in_second(MIDPOINT_LEVELS - 1, C), b_x, -b_x)
     b_eq, b_ek = tl.exp(b_x), tl.exp(-b_x)
     b_zq = wide_operand(b_eq * (b_q * b_c[:, None]), b_q.dtype)
     b_zk = wide_operand(b_ek * (b_k * b_a[:, None]), b_q.dtype)
@@ -132,7 +133,7 @@ def gla_gradients_kernel(
     dq_rows, dk_rows, dg_rows, de_rows, d_shared_q, d_shared_k, d_shared_g, scale, n_shared,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr, MIDPOINT: tl.constexpr, SPLITS: tl.constexpr, MIDPOINT_SPLITS: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, MIDPOINT: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -164,12 +165,14 @@ def gla_gradients_kernel(
     b_kx = tl.zeros((C,), tl.float32)
     b_qq = tl.zeros((C,), tl.float32)
     b_kk = tl.zeros((C,), tl.float32)
-    if NK > 1:
-        for i_v in range(NV):
-            o_v = i_v * BV + tl.arange(0, BV)
-            b_do = load_rows(do, b_head, m_row, o_v, V, BV)  # [C, BV]
-            b_v = load_rows(v, b_head, m_row, o_v, V, BV)  # [C, BV]
-            b_dA += tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    for i_v in range(NV):
+        o_v = i_v * BV + tl.arange(0, BV)
+        b_do = load_rows(do, b_head, m_row, o_v, V, BV)  # [C, BV]
+        b_v = load_rows(v, b_head, m_row, o_v, V, BV)  # [C, BV]
+        b_dA += tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_dA, 0.0), 1)
+    b_pairs = wide_operand(tl.where(o_c[:, None] > o_c[None, :], b_dA, 0.0), do.dtype.element_ty)
+    b_pairs += tl.trans(b_pairs)  # of each pair one entry is 0
     for i_k in range(NK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_xq = tl.zeros((C, BK), tl.float32)
@@ -181,8 +184,6 @@ def gla_gradients_kernel(
             b_v = load_rows(v, b_head, m_row, o_v, V, BV)  # [C, BV]
             b_h = load_state(h, i_ch, o_k, o_v, K, V)  # [BK, BV]
             b_dh = load_state(dh, i_ch, o_k, o_v, K, V)  # [BK, BV]
-            if NK == 1:
-                b_dA += tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
             b_xq += tl.dot(b_do.to(b_h.dtype), tl.trans(b_h), input_precision=PRECISION)
             b_xk += tl.dot(b_v.to(b_h.dtype), tl.trans(b_dh), input_precision=PRECISION)
             b_hdh += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
@@ -194,31 +195,23 @@ def gla_gradients_kernel(
         b_y = b_xk * (b_k * b_a[:, None])
         b_end = tl.sum(b_y, 0) + tl.exp(gates_in_all(b_high, b_low)) * b_hdh
         b_db = b_xq * (b_q * b_c[:, None]) - b_y + tl.where(o_c[:, None] == C - 1, b_end[None, :], 0.0)
-
-        b_lower = tl.where(o_c[:, None] > o_c[None, :], b_dA, 0.0)
-        b_pairs = b_lower + tl.trans(b_lower)
-        for i_s in tl.static_range(MIDPOINT_SPLITS):
-            b_xq, b_xk, b_db = add_halves(
-                b_xq, b_xk, b_db, b_q, b_k, b_high, b_low, b_c, b_a, b_pairs, C, C >> i_s, PRECISION
-            )
-        is_near = False
+        i_first = 0
         if MIDPOINT:
-            is_near = tl.min(half_exponent(b_high, b_low, C, MIDPOINT_ROWS)) >= -MIDPOINT_NATS
-        if is_near:
-            b_x = mid_exponent(half_exponent(b_high, b_low, C, MIDPOINT_ROWS), C)
-            b_xq, b_xk, b_db = add_middles(b_xq, b_xk, b_db, b_q, b_k, b_x, b_c, b_a, b_pairs, C, PRECISION)
-        else:
-            for i_s in tl.static_range(MIDPOINT_SPLITS, SPLITS):
-                b_xq, b_xk, b_db = add_halves(
-                    b_xq, b_xk, b_db, b_q, b_k, b_high, b_low, b_c, b_a, b_pairs, C, C >> i_s, PRECISION
-                )
+            b_x = half_exponent(b_high, b_low, MIDPOINT_LEVELS - 1, C)
+            is_near = tl.min(b_x) >= -MIDPOINT_NATS
+            i_first = tl.where(is_near, MIDPOINT_LEVELS, 0)
+            if is_near:
+                b_xq, b_xk, b_db = add_middles(b_xq, b_xk, b_db, b_q, b_k, b_x, b_c, b_a, b_pairs, C, PRECISION)
+        for i_half in range(i_first, LEVELS):
+            b_xq, b_xk, b_db = add_halves(
+                b_xq, b_xk, b_db, b_q, b_k, b_high, b_low, b_c, b_a, b_pairs, i_half, C, PRECISION
+            )
         b_dg = tl.where(m_write[:, None], tl.cumsum(b_db, 0, reverse=True), 0.0)
         if is_shared:
             store_rows(d_shared_g, b_dg, b_out, m_out, o_k, K, BK)
         else:
             store_rows(dg_rows, b_dg, b_out, m_out, o_k, K, BK)
 
-        b_own = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_dA, 0.0), 1)
         b_q32, b_k32 = b_q.to(tl.float32), b_k.to(tl.float32)
         b_xq += (b_own * b_a)[:, None] * b_k32
         b_xk += (b_own * b_c)[:, None] * b_q32

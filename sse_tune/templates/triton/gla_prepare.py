@@ -20,12 +20,12 @@ from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
 from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, row_scale
 from sse_tune.templates.triton.gla_common import (
+    MIDPOINT_LEVELS,
     MIDPOINT_NATS,
-    MIDPOINT_ROWS,
     gate_parts,
     half_exponent,
     half_pairs,
-    mid_exponent,
+    in_second,
     wide_operand,
 )
 
@@ -66,22 +66,11 @@ SPACE = Space(
 
 
 @triton.jit
-def half_scores(b_q, b_k, b_high, b_low, C: tl.constexpr, S: tl.constexpr, PRECISION: tl.constexpr):
-    """The scores of pairs in the same block of S rows but in different halves, 0 elsewhere: those above the diagonal
-    are wrong, and the caller's mask drops them."""
-    b_e = tl.exp(half_exponent(b_high, b_low, C, S))
-    b_qe = (b_q * b_e).to(b_q.dtype)
-    b_ke = (b_k * b_e).to(b_k.dtype)
-    b_scores = tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION)
-    return tl.where(half_pairs(C, S), b_scores, 0.0)
-
-
-@triton.jit
 def gla_prepare_kernel(
     q, k, g, shared_q, shared_k, shared_g, A, k_scale, q_scale, perm, weights, chunk_segment, scale, n_shared,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    BK: tl.constexpr, MIDPOINT: tl.constexpr, SPLITS: tl.constexpr, MIDPOINT_SPLITS: tl.constexpr,
+    BK: tl.constexpr, MIDPOINT: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(0) % H
     i_c = tl.program_id(0) // H
@@ -112,20 +101,24 @@ def gla_prepare_kernel(
         if NORM != "none":
             b_qq += tl.sum(b_q32 * b_q32, 1)
             b_kk += tl.sum(b_k32 * b_k32, 1)
-        for i_s in tl.static_range(MIDPOINT_SPLITS):
-            b_A += half_scores(b_q, b_k, b_high, b_low, C, C >> i_s, PRECISION)
-        is_near = False
+        i_first = 0
         if MIDPOINT:
-            is_near = tl.min(half_exponent(b_high, b_low, C, MIDPOINT_ROWS)) >= -MIDPOINT_NATS
-        if is_near:
-            b_x = mid_exponent(half_exponent(b_high, b_low, C, MIDPOINT_ROWS), C)
-            b_qe = wide_operand(b_q32 * tl.exp(b_x), b_q.dtype)
-            b_ke = wide_operand(b_k32 * tl.exp(-b_x), b_q.dtype)
-            m_block = (o_c // MIDPOINT_ROWS)[:, None] == (o_c // MIDPOINT_ROWS)[None, :]
-            b_A += tl.where(m_block, tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION), 0.0)
-        else:
-            for i_s in tl.static_range(MIDPOINT_SPLITS, SPLITS):
-                b_A += half_scores(b_q, b_k, b_high, b_low, C, C >> i_s, PRECISION)
+            b_x = half_exponent(b_high, b_low, MIDPOINT_LEVELS - 1, C)
+            is_near = tl.min(b_x) >= -MIDPOINT_NATS
+            i_first = tl.where(is_near, MIDPOINT_LEVELS, 0)
+            if is_near:
+                b_x = tl.where(in_second(MIDPOINT_LEVELS - 1, C), b_x, -b_x)
+                b_qe = wide_operand(b_q32 * tl.exp(b_x), b_q.dtype)
+                b_ke = wide_operand(b_k32 * tl.exp(-b_x), b_q.dtype)
+                m_block = (o_c >> MIDPOINT_LEVELS)[:, None] == (o_c >> MIDPOINT_LEVELS)[None, :]
+                b_A += tl.where(m_block, tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION), 0.0)
+        for i_half in range(i_first, LEVELS):
+            # entries above the diagonal are wrong; the mask at the end drops them
+            b_e = tl.exp(half_exponent(b_high, b_low, i_half, C))
+            b_qe = (b_q * b_e).to(b_q.dtype)
+            b_ke = (b_k * b_e).to(b_k.dtype)
+            b_level = tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION)
+            b_A += tl.where(half_pairs(i_half, C), b_level, 0.0)
 
     b_e = tl.load(weights + b_slot, mask=m_row, other=0.0)
     b_a = tl.where(m_write, row_scale(b_kk, b_e, NORM), 0.0)

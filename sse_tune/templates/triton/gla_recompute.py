@@ -17,7 +17,7 @@ from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
 from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, load_state, state_index, store_state
-from sse_tune.templates.triton.gla_common import gate_parts, gates_after, gates_in_all
+from sse_tune.templates.triton.gla_common import walk_gates
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +37,7 @@ def gla_recompute_kernel(
     k, v, g, shared_k, shared_g, k_scale, perm, segment_chunks, initial_state, h, n_shared, n_sequences,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
     WRITERS: tl.constexpr, PRECISION: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -62,10 +62,11 @@ def gla_recompute_kernel(
         store_state(h, b_state, i_ch, o_k, o_v, K, V)
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_v = load_rows(v, b_head, m_row, o_v, V, BV)  # [C, BV]
-        b_high, b_low = gate_parts(p_g, b_head, m_row & (b_lane < WRITERS), o_k, K, BK)  # [C, BK]
+        m_write = m_row & (b_lane < WRITERS)
+        _, b_rest, b_end = walk_gates(p_g, b_head, m_write, o_k, C, K, BK, EXACT)
         b_a = tl.load(k_scale + i_ch * C + o_c)
-        b_ke = (b_k * (b_a[:, None] * tl.exp(gates_after(b_high, b_low, C)))).to(b_k.dtype)
-        b_state *= tl.exp(gates_in_all(b_high, b_low))[:, None]
+        b_ke = (b_k * (b_a[:, None] * tl.exp(b_rest))).to(b_k.dtype)
+        b_state *= tl.exp(b_end)[:, None]
         b_state += tl.dot(tl.trans(b_ke), b_v, input_precision=PRECISION)
 
 
@@ -86,6 +87,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             V=problem.value_dim,
             BK=block_of(problem.key_dim),
             BV=block_v,
+            EXACT=problem.dtype == "fp32",
         ),
         num_warps=int(call.config["num_warps"]),
         num_stages=int(call.config["num_stages"]),

@@ -27,7 +27,7 @@ from sse_tune.templates.triton.common import (
     store_rows,
     store_state,
 )
-from sse_tune.templates.triton.gla_common import gate_parts, gates_after, gates_in_all, gates_up_to
+from sse_tune.templates.triton.gla_common import walk_gates
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +49,7 @@ def gla_scan_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -76,17 +76,18 @@ def gla_scan_kernel(
         b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_v = load_rows(v, b_head, m_row, o_v, V, BV)  # [C, BV]
-        b_high, b_low = gate_parts(p_g, b_head, m_row & (b_lane < WRITERS), o_k, K, BK)  # [C, BK]
+        m_write = m_row & (b_lane < WRITERS)
+        b_b, b_rest, b_end = walk_gates(p_g, b_head, m_write, o_k, C, K, BK, EXACT)
         b_a = tl.load(k_scale + i_ch * C + o_c)
         b_c = tl.load(q_scale + i_ch * C + o_c)
         b_A = tl.load(A + i_ch * (C * C) + o_c[:, None] * C + o_c[None, :])  # [C, C]
-        b_qe = (b_q * (b_c[:, None] * tl.exp(gates_up_to(b_high, b_low, C)))).to(b_q.dtype)
-        b_ke = (b_k * (b_a[:, None] * tl.exp(gates_after(b_high, b_low, C)))).to(b_k.dtype)
+        b_qe = (b_q * (b_c[:, None] * tl.exp(b_b))).to(b_q.dtype)
+        b_ke = (b_k * (b_a[:, None] * tl.exp(b_rest))).to(b_k.dtype)
 
         b_o = tl.dot(b_qe, b_state.to(b_q.dtype), input_precision=PRECISION)
         b_o += tl.dot(b_A, b_v, input_precision=PRECISION)
         store_rows(o_rows, b_o, (i_c.to(tl.int64) * C + o_c) * H + i_h, m_all, o_v, V, BV)
-        b_state *= tl.exp(gates_in_all(b_high, b_low))[:, None]
+        b_state *= tl.exp(b_end)[:, None]
         b_state += tl.dot(tl.trans(b_ke), b_v, input_precision=PRECISION)
     if HAS_FINAL:
         store_state(final_state, b_state, i_state, o_k, o_v, K, V)
@@ -107,6 +108,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             V=problem.value_dim,
             BK=block_of(problem.key_dim),
             BV=block_v,
+            EXACT=problem.dtype == "fp32",
         ),
         num_warps=int(call.config["num_warps"]),
         num_stages=int(call.config["num_stages"]),

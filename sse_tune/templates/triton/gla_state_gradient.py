@@ -28,7 +28,7 @@ from sse_tune.templates.triton.common import (
     store_rows,
     store_state,
 )
-from sse_tune.templates.triton.gla_common import gate_parts, gates_after, gates_in_all, gates_up_to
+from sse_tune.templates.triton.gla_common import walk_gates
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +50,7 @@ def gla_state_gradient_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
     WRITERS: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SHARED: tl.constexpr, HAS_FINAL: tl.constexpr, HAS_INITIAL: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v = tl.program_id(0) % NV
@@ -79,17 +79,18 @@ def gla_state_gradient_kernel(
         b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_do = load_rows(do, b_head, m_row, o_v, V, BV)  # [C, BV]
-        b_high, b_low = gate_parts(p_g, b_head, m_row & (b_lane < WRITERS), o_k, K, BK)  # [C, BK]
+        m_write = m_row & (b_lane < WRITERS)
+        b_b, b_rest, b_end = walk_gates(p_g, b_head, m_write, o_k, C, K, BK, EXACT)
         b_a = tl.load(k_scale + i_ch * C + o_c)
         b_c = tl.load(q_scale + i_ch * C + o_c)
         b_A = tl.load(A + i_ch * (C * C) + o_c[:, None] * C + o_c[None, :])  # [C, C]
-        b_qe = (b_q * (b_c[:, None] * tl.exp(gates_up_to(b_high, b_low, C)))).to(b_q.dtype)
-        b_ke = (b_k * (b_a[:, None] * tl.exp(gates_after(b_high, b_low, C)))).to(b_k.dtype)
+        b_qe = (b_q * (b_c[:, None] * tl.exp(b_b))).to(b_q.dtype)
+        b_ke = (b_k * (b_a[:, None] * tl.exp(b_rest))).to(b_k.dtype)
 
         b_dv = tl.dot(b_ke, b_ds.to(b_k.dtype), input_precision=PRECISION)
         b_dv += tl.dot(tl.trans(b_A), b_do, input_precision=PRECISION)
         store_rows(dv_rows, b_dv, (i_c.to(tl.int64) * C + o_c) * H + i_h, m_all, o_v, V, BV)
-        b_ds *= tl.exp(gates_in_all(b_high, b_low))[:, None]
+        b_ds *= tl.exp(b_end)[:, None]
         b_ds += tl.dot(tl.trans(b_qe), b_do, input_precision=PRECISION)
     if HAS_INITIAL:
         store_state(d_initial_state, b_ds, i_state, o_k, o_v, K, V)
@@ -111,6 +112,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             V=problem.value_dim,
             BK=block_of(problem.key_dim),
             BV=block_v,
+            EXACT=problem.dtype == "fp32",
         ),
         num_warps=int(call.config["num_warps"]),
         num_stages=int(call.config["num_stages"]),
