@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from sse_tune.tuning.check import CaseResult
 
 
+DEFAULT = "default"  # the plan that runs where nothing is tuned: another one for other sizes
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
     """One plan to check: what the table calls it, the problem, the plan."""
@@ -54,7 +57,7 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Every kernel against the reference: outputs, final states, all gradients; exit code 1 when one is wrong."""
-    from sse_tune.templates.registry import BACKENDS, default_backend
+    from sse_tune.templates.registry import BACKENDS, default_backend, default_plan
     from sse_tune.tuning.cases import CASES
     from sse_tune.tuning.check import check_plan
 
@@ -78,7 +81,13 @@ def check(
             if not as_json:
                 typer.echo(_line(subject, result))
 
-        report = check_plan(subject.plan, subject.problem, here, quick, names=names, stop_early=False, on_case=tell)
+        def default_of(posed: Problem, backend: str = subject.backend) -> Plan:
+            return default_plan(posed, here, backend)
+
+        report = check_plan(
+            subject.plan, subject.problem, here, quick, names=names, stop_early=False, on_case=tell,
+            plan_for=default_of if subject.plan_of == DEFAULT else None,
+        )  # fmt: skip
         poisoned = poisoned or report.poisoned
         if report.failure is None and not report.passed:
             unfit.append(f"{subject.label.strip()}: {report.reason}")
@@ -115,7 +124,7 @@ def _subjects(
         for rule in rules:
             for dtype in dtypes:
                 problem = check_problem(rule, dtype, device)
-                yield Subject(backend, "default", problem, default_plan(problem, device, backend))
+                yield Subject(backend, DEFAULT, problem, default_plan(problem, device, backend))
     yield from _tuned(rules, dtypes, backends, device, db)
 
 

@@ -145,14 +145,18 @@ class Space:
         reasons = self.violations(problem, declared, device, outer)
         if not reasons:
             return declared
+        nearest = self.by_nearness(problem, device, outer)
+        if not nearest:
+            raise ConstraintError(
+                "some config must pass the constraints", reasons[0], "use a smaller head size or another backend"
+            )
+        return nearest[0]
+
+    def by_nearness(self, problem: Problem, device: Device, outer: Config | None = None) -> tuple[Config, ...]:
+        """Every config that passes, the nearest to the declared default first (steps along the value lists)."""
         start = {param.name: param.values.index(param.default) for param in self.params}
 
         def steps(config: Config) -> int:
             return sum(abs(param.values.index(config[param.name]) - start[param.name]) for param in self.params)
 
-        nearest = min(self.configs(problem, device, outer), key=steps, default=None)
-        if nearest is None:
-            raise ConstraintError(
-                "some config must pass the constraints", reasons[0], "use a smaller head size or another backend"
-            )
-        return nearest
+        return tuple(sorted(self.configs(problem, device, outer), key=steps))

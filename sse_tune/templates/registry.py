@@ -157,20 +157,34 @@ def default_backend(device: Device) -> str:
 def default_plan(problem: Problem, device: Device, backend: str | None = None, outer: Config | None = None) -> Plan:
     """The declared defaults, moved to the nearest config that passes the constraints of this problem and device.
 
+    With `outer` None the outer choices move too, when a stage has no config beside the declared ones.
+
     Raises:
         ConstraintError: a stage has no config that passes.
     """
     backend = backend or default_backend(device)
     graph = graph_of(backend)
-    outer = outer if outer is not None else GRAPHS[graph].default(problem, device)
+    outers = (outer,) if outer is not None else GRAPHS[graph].by_nearness(problem, device)
+    refused: ConstraintError | None = None
+    for candidate in outers:
+        try:
+            return Plan(graph, candidate, _default_stages(problem, device, backend, candidate))
+        except ConstraintError as error:
+            refused = refused or error  # of the outer choices declared as default: what a user would want to know
+    raise refused or ConstraintError(
+        "some outer choices must pass the constraints", f"{problem}", "use a smaller head size or another backend"
+    )
+
+
+def _default_stages(problem: Problem, device: Device, backend: str, outer: Config) -> dict[str, StageChoice]:
     stages = {}
-    for stage in stage_names(graph, problem):
+    for stage in stage_names(graph_of(backend), problem):
         candidates = templates_for(stage, problem, (backend,))
         if not candidates:
             raise PlanError("every stage needs a template", f"{stage!r} of {backend}", "use another backend")
         template = candidates[0]
         stages[stage] = StageChoice(backend, template.name, template.space.default(problem, device, outer))
-    return Plan(graph, outer, stages)
+    return stages
 
 
 def validate_plan(plan: Plan, problem: Problem, device: Device) -> None:

@@ -88,6 +88,7 @@ def check_plan(
     stop_early: bool = True,
     run: Run | None = None,
     on_case: Callable[[CaseResult], None] | None = None,
+    plan_for: Callable[[Problem], Plan] | None = None,
 ) -> Report:
     """Runs a plan on hard inputs and compares everything it returns with the reference in float64.
 
@@ -101,6 +102,8 @@ def check_plan(
         stop_early: end at the first failure.
         run: what runs a plan on a case; None: `run_case`.
         on_case: called with each case's result.
+        plan_for: the plan for a case's sizes, when `plan` stands for a rule such as "the default"; None: `plan` itself,
+            and cases that it cannot run do not apply.
 
     Returns:
         Report: never raises for a wrong kernel.
@@ -109,7 +112,7 @@ def check_plan(
     chosen = names if names is not None else case_names(problem, quick=quick, scale=scale)
     results: list[CaseResult] = []
     for name in chosen:
-        result, poisoned = _check_case(name, plan, problem, device, scale, quick, run or run_case)
+        result, poisoned = _check_case(name, plan, problem, device, scale, quick, run or run_case, plan_for)
         results.append(result)
         if on_case is not None:
             on_case(result)
@@ -123,11 +126,20 @@ def check_plan(
 
 
 def _check_case(
-    name: str, plan: Plan, problem: Problem, device: Device, scale: str, quick: bool, run: Run
+    name: str,
+    plan: Plan,
+    problem: Problem,
+    device: Device,
+    scale: str,
+    quick: bool,
+    run: Run,
+    plan_for: Callable[[Problem], Plan] | None,
 ) -> tuple[CaseResult, bool]:
     chunk_size = chunk_size_of(plan)
     posed, _ = case_problem(name, problem, chunk_size, scale)
     try:
+        if plan_for is not None:
+            plan = plan_for(posed)
         validate_plan(plan, posed, device)
     except (ConstraintError, PlanError, DeviceError) as error:
         return CaseResult(name, "not_applicable", str(error), {}), False

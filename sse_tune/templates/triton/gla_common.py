@@ -19,6 +19,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint
 from sse_tune.templates.registry import Call
@@ -30,14 +31,17 @@ MIDPOINT_LEVELS = tl.constexpr(4)  # blocks of 16 rows
 MIDPOINT_NATS = tl.constexpr(40.0)  # e^80, the largest product, times any operands is a finite fp32
 
 
-def walk_smem_bytes(problem: Problem, config: Config, key_tiles: int) -> int:
-    """Shared memory a walk along a segment asks for: `key_tiles` tiles C·K of q and k, one of fp32 gates, one of C·BV
-    and one of C·C for each chunk in flight, then the dots' operands."""
+def walk_smem_bytes(problem: Problem, config: Config, device: Device, key_tiles: int) -> int:
+    """Shared memory a walk along a segment asks for: in flight `key_tiles` tiles C·K of q and k, one of fp32 gates, and
+    of those that a dot reads in place, C·BV and C·C, one more; then a tile C·K on its way from one layout to another,
+    or as operands, and the state as an operand."""
     c, bk, item = int(config["chunk_size"]), block_of(problem.key_dim), item_bytes(problem)
     bv = min(int(config["block_v"]), block_of(problem.value_dim))
-    flight = int(config["num_stages"]) - 1
-    operands = item * (key_tiles * c * bk + bk * bv + c * bv + c * c)
-    return flight * ((key_tiles * item + 4) * c * bk + item * (c * bv + c * c)) + operands + 4096
+    stages, in_place = int(config["num_stages"]), item * (c * bv + c * c)
+    flight = (stages - 1) * (key_tiles * item + 4) * c * bk + stages * in_place
+    operands = max(4, key_tiles * item) * c * bk + item * bk * bv
+    # Blackwell's dots take both operands from shared memory
+    return flight + operands + (item * c * bk if device.capability >= 100 else 0) + 4096
 
 
 def walk_constraints(key_tiles: int) -> tuple[Constraint, ...]:
@@ -52,7 +56,7 @@ def walk_constraints(key_tiles: int) -> tuple[Constraint, ...]:
         Constraint("chunk_size * K / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] * block_of(p.key_dim) <= 64 * 32 * c["num_warps"]),
         Constraint("the tiles in flight fit in shared memory",
-                   lambda p, c, d: walk_smem_bytes(p, c, key_tiles) <= d.smem_per_block_bytes),
+                   lambda p, c, d: walk_smem_bytes(p, c, d, key_tiles) <= d.smem_per_block_bytes),
     )
 
 

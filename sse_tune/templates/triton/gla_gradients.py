@@ -49,8 +49,8 @@ def smem_bytes(problem: Problem, config: Config) -> int:
     bv = min(int(config["block_v"]), block_of(problem.value_dim))
     state = 4 if config["state_dtype"] == "fp32" else item
     wide = max(item, 4 if problem.dtype == "fp16" else 0)
-    tiles = max(1, int(config["num_stages"]) - 1) * (2 * item * c * bv + 2 * state * bk * bv)
-    return max(tiles, wide * (2 * c * bk + 2 * c * c), 8 * c * bk) + 4096
+    tiles = int(config["num_stages"]) * (2 * item * c * bv + 2 * state * bk * bv)
+    return max(tiles, wide * (2 * c * bk + 2 * c * c), 8 * c * bk) + 8192
 
 
 SPACE = Space(
@@ -67,10 +67,10 @@ SPACE = Space(
                    lambda p, c, d: c["block_k"] == 16 or c["block_k"] <= block_of(p.key_dim)),
         Constraint("block_v <= V, or the smallest block",
                    lambda p, c, d: c["block_v"] == 16 or c["block_v"] <= block_of(p.value_dim)),
-        # Xq, Xk, db, b, E and Y are held at once
-        Constraint("chunk_size * block_k / (32 * num_warps) <= 32",
-                   lambda p, c, d:
-                   c["chunk_size"] * min(c["block_k"], block_of(p.key_dim)) <= 32 * 32 * c["num_warps"]),
+        # Xq, Xk, db, E and Y are held at once, and on sm_80 the dots' operands as well
+        Constraint("chunk_size * block_k / (32 * num_warps) <= 32, or 16 before sm_90",
+                   lambda p, c, d: c["chunk_size"] * min(c["block_k"], block_of(p.key_dim))
+                   <= (32 if d.capability >= 90 else 16) * 32 * c["num_warps"]),
         Constraint("chunk_size * chunk_size / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
         Constraint("the tiles fit in shared memory",
