@@ -176,7 +176,8 @@ def meta_tensors(
     import torch
 
     dtypes = {
-        "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64, "int32": torch.int32
+        "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64,
+        "int32": torch.int32,
     }  # fmt: skip
     problem = sizes.problem
     io = dtypes[problem.dtype]

@@ -95,6 +95,8 @@ def _config(values: dict[str, Value], where: str) -> Config:
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, (int, str, bool)):
             raise PlanError(
-                f"a parameter of {where!r} must be an integer, a string or a boolean", f"{name}={value!r}", "fix the value"
+                f"a parameter of {where!r} must be an integer, a string or a boolean",
+                f"{name}={value!r}",
+                "fix the value",
             )
     return Config(values)

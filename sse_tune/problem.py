@@ -115,7 +115,8 @@ class Problem:
         fields = {field.name for field in dataclasses.fields(cls)}
         unknown = sorted(set(changes) - fields)
         if unknown:
-            raise ProblemError("a problem's fields must be known", ", ".join(unknown), f"use {', '.join(sorted(fields))}")
+            known = ", ".join(sorted(fields))
+            raise ProblemError("a problem's fields must be known", ", ".join(unknown), f"use {known}")
         return cls(**{"seq_len": 8192, **PRESETS[name], **changes})  # type: ignore[arg-type]
 
     @classmethod

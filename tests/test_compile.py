@@ -36,7 +36,9 @@ OUTER = Config(chunk_size=64, state_dtype="io")
 
 
 @triton.jit
-def toy_kernel(x, inv, out, R, one, odd, scale, flag, nothing, D: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
+def toy_kernel(
+    x, inv, out, R, one, odd, scale, flag, nothing, D: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr
+):
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = tl.load(x + o, mask=o < R * D, other=0.0).to(tl.float32) * scale
     if MODE == "refused":

@@ -121,7 +121,8 @@ def templates_of(backend: str) -> tuple[Template, ...]:
         raise PlanError("the backend must be known", f"{backend!r}", f"choose one of {', '.join(_BACKENDS)}")
     package, _, modules = _BACKENDS[backend]
     if importlib.util.find_spec(package) is None:
-        raise DeviceError(f"the backend {backend!r} needs the package {package!r}", "none installed", f"pip install {package}")
+        needs = f"the backend {backend!r} needs the package {package!r}"
+        raise DeviceError(needs, "none installed", f"pip install {package}")
     return tuple(importlib.import_module(module).TEMPLATE for module in modules)
 
 

@@ -199,6 +199,8 @@ def stages_of(problem: Problem) -> tuple[Stage, ...]:
     )
     if not problem.trains:
         return forward
+    new_values = ("v_new", "dv_new", "dv_rows") if gdn else ()
+    sparse = ("d_q", "d_k", "d_g", *(("d_beta",) if gdn else ()), "d_router_logits")
     backward = (
         Stage(
             "recompute",
@@ -218,7 +220,7 @@ def stages_of(problem: Problem) -> tuple[Stage, ...]:
         ),
         Stage(
             "gradients",
-            (*_ROUTES, *_QKV, "do", *beta, *rows, "q_scale", "h", "dh", *(("v_new", "dv_new", "dv_rows") if gdn else ())),
+            (*_ROUTES, *_QKV, "do", *beta, *rows, "q_scale", "h", "dh", *new_values),
             (*_ROW_GRADIENTS, *(("dbeta_rows",) if gdn else ()), *_shared_gradients(problem)),
             (lambda p, c: 8 * key_value(p) + 4 * c * p.value_dim + 10 * c * p.key_dim + 4 * c * c)
             if gdn
@@ -228,7 +230,7 @@ def stages_of(problem: Problem) -> tuple[Stage, ...]:
         Stage(
             "combine_gradients",
             ("inv", "chosen", "router_logits", "dv_rows", *_ROW_GRADIENTS, *(("dbeta_rows",) if gdn else ())),
-            ("d_v", *(("d_q", "d_k", "d_g", *(("d_beta",) if gdn else ()), "d_router_logits") if problem.num_partitions else ())),
+            ("d_v", *(sparse if problem.num_partitions else ())),
             _no_flops,
             backward=True,
         ),
@@ -239,7 +241,7 @@ def stages_of(problem: Problem) -> tuple[Stage, ...]:
 STAGED_OUTER = Space(
     params=(
         Param("chunk_size", (16, 32, 64, 128), 64, "C, rows of one chunk"),
-        Param("state_dtype", ("io", "fp32"), "io", "of the stored chunk states: the problem's dtype, or fp32"),
+        Param("state_dtype", ("io", "fp32"), "fp32", "of the stored chunk states: the problem's dtype, or fp32"),
     ),
     constraints=(
         # every row tile is held in registers next to the state: C·K fp32 beyond this spills on all targets

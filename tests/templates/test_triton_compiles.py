@@ -1,8 +1,7 @@
 """Every Triton template compiles for every architecture, within the limits its constraints promise. Needs no GPU.
 
-Sizes and architectures are dealt out in turn rather than multiplied: one compilation takes seconds. What each template
-meets on each architecture is its default config at the head size of the released models; the other sizes and the
-corners of its space go round the architectures.
+The default plan is compiled for every size on every architecture: it runs wherever nothing is tuned. The corners of
+each template's space go round the architectures instead, since one compilation takes seconds.
 """
 
 import dataclasses
@@ -15,7 +14,7 @@ from sse_tune.compile import MAX_REGISTERS, compile_stage, limits_reason
 from sse_tune.device import ARCHS
 from sse_tune.problem import Problem
 from sse_tune.space import Config
-from sse_tune.templates.registry import find_template, templates_of
+from sse_tune.templates.registry import default_plan, find_template, templates_of
 from sse_tune.templates.stages import GRAPHS, Sizes
 
 pytestmark = pytest.mark.skipif(
@@ -48,9 +47,12 @@ OTHERS = {
 # Shared memory every block may use without asking, and that a template without a constraint on it must keep to.
 UNASKED_SMEM_BYTES = 48 * 1024
 
-# (template, architecture) -> stack bytes of a thread that its default config may take at K = V = 128. What is not
-# listed spills nothing.
-MAX_SPILL_BYTES: dict[tuple[str, str], int] = {}
+# (template, architecture) -> stack bytes of a thread that its default config may take at K = V = 128: a quarter above
+# what it takes today; what is not listed spills nothing. The defaults measured fastest on sm_90 in spite of it
+# (docs/log.md): the inverse in three tf32 products, the state, or the gradients' sums hold more than a thread has
+# registers. A smaller number is progress, a larger one a regression to look at.
+MAX_SPILL_BYTES: dict[tuple[str, str], int] = {
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +82,7 @@ def default_cases():
 
 
 def size_cases():
-    archs = itertools.cycle(ARCHS)
-    return [Case(template.name, rule, next(archs), size) for template, rule in served() for size in OTHERS]
+    return [Case(template.name, rule, arch, size) for template, rule in served() for size in OTHERS for arch in ARCHS]
 
 
 def corner_cases():
@@ -131,42 +132,47 @@ def promised_smem_bytes(template, problem, outer, config, device):
     return low
 
 
+def config_of(case):
+    """The outer choices and the config of a case; None if the constraints leave none."""
+    template, device = find_template("triton", case.template), ARCHS[case.arch]
+    plan = default_plan(case.problem, device, "triton")
+    if not case.outer and not case.config:
+        return plan.outer, plan.stages[template.stage].config
+    outer = nearest(GRAPHS["staged"], case.problem, device, None, case.outer) if case.outer else plan.outer
+    config = outer and nearest(template.space, case.problem, device, outer, case.config)
+    return None if config is None else (outer, config)
+
+
 def compile_case(case):
-    """The artifact of a case, with everything asserted that holds of every config; None if no config passes."""
-    template, device, problem = find_template("triton", case.template), ARCHS[case.arch], case.problem
-    outer = nearest(GRAPHS["staged"], problem, device, None, case.outer)
-    if outer is None:
+    """The artifact of a case, with what holds of every config asserted; None if the constraints leave none."""
+    template, device = find_template("triton", case.template), ARCHS[case.arch]
+    choices = config_of(case)
+    if choices is None:
         return None
-    config = nearest(template.space, problem, device, outer, case.config)
-    if config is None:
-        return None
-    artifact = compile_stage(template, problem, outer, config, case.arch)
+    outer, config = choices
+    artifact = compile_stage(template, case.problem, outer, config, case.arch)
     assert limits_reason(artifact, device) is None, (outer, config)
     assert 0 < artifact.registers <= MAX_REGISTERS
-    promised = promised_smem_bytes(template, problem, outer, config, device) or UNASKED_SMEM_BYTES
+    promised = promised_smem_bytes(template, case.problem, outer, config, device) or UNASKED_SMEM_BYTES
     assert artifact.smem_bytes <= promised, (outer, config)
     return artifact
 
 
 @pytest.mark.parametrize("case", default_cases(), ids=str)
-def test_default_config(case):
+def test_default_plan(case):
     artifact = compile_case(case)
-    assert artifact is not None, "no config passes the constraints"
-    assert artifact.spill_bytes <= MAX_SPILL_BYTES.get((case.template, case.arch), 0), artifact
+    allowed = MAX_SPILL_BYTES.get((case.template, case.arch), 0)
+    assert artifact.spill_bytes <= allowed, f"{artifact.spill_bytes} > {allowed} stack bytes a thread: {artifact}"
 
 
 @pytest.mark.parametrize("case", size_cases(), ids=str)
-def test_other_sizes(case):
-    assert compile_case(case) is not None, "no config passes the constraints"
+def test_default_plan_of_other_sizes(case):
+    compile_case(case)
 
 
 @pytest.mark.parametrize("case", corner_cases(), ids=str)
 def test_corner_of_the_space(case):
-    artifact = compile_case(case)
-    if artifact is None:
-        space, held = find_template("triton", case.template).space, {name for name, _ in case.config}
-        assert held <= {param.name for param in space.params}
-        pytest.skip("the constraints exclude this corner")
+    compile_case(case)  # nothing to compile where the constraints exclude the corner
 
 
 def test_every_stage_of_both_rules_has_a_template():

@@ -316,7 +316,8 @@ def test_routing(kind, lengths, partitions, top_k, read_k, shared, poisoned_empt
     logits = hard_logits(kind, problem.seq_len, partitions)
     expected = route(logits, top_k, read_k)
     for block_t, chunk_size in ((16, 16), (64, 32)):
-        tensors = run_routing(problem, make_inputs(problem, lengths, logits=logits), block_t, chunk_size, poisoned_empty)
+        inputs = make_inputs(problem, lengths, logits=logits)
+        tensors = run_routing(problem, inputs, block_t, chunk_size, poisoned_empty)
         assert tensors["chosen"][:, int(shared):].tolist() == expected.partitions.tolist()
         torch.testing.assert_close(tensors["weights"][:, int(shared):], expected.weights, rtol=1e-6, atol=1e-12)
         if shared:

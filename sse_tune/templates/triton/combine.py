@@ -13,7 +13,6 @@ import triton.language as tl
 
 from sse_tune.space import Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
-from sse_tune.templates.triton import common
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ Offsets of rows are 64-bit: R·H·K passes 2**31 from a million tokens on.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import triton
@@ -23,9 +23,28 @@ if TYPE_CHECKING:
 MODULE = "sse_tune.templates.triton.common"
 
 
-def block_of(size: int) -> int:
-    """The power of two, at least 16, that a tile over `size` takes: what tl.dot and tl.arange ask for."""
-    return max(16, triton.next_power_of_2(size))
+def narrowest_tile(problem: Problem) -> int:
+    """Columns of a tile of 128 bytes. Triton 3.6 for sm_90 gives narrower tiles a narrower swizzle, and reads them
+    transposed out of range or wrong: docs/log.md, 2026-11-24."""
+    return 128 // item_bytes(problem)
+
+
+def key_tile(problem: Problem) -> int:
+    """Columns of a tile that covers K: a power of two, as tl.arange and tl.dot ask for."""
+    return max(narrowest_tile(problem), triton.next_power_of_2(problem.key_dim))
+
+
+def value_tile(problem: Problem) -> int:
+    """Columns of a tile that covers V."""
+    return max(narrowest_tile(problem), triton.next_power_of_2(problem.value_dim))
+
+
+def tile_width(name: str, whole: Callable[[Problem], int]) -> Constraint:
+    """The bounds of a parameter that cuts K or V into tiles."""
+    return Constraint(
+        f"{name} must span at least 128 bytes, and at most the power of two that covers the head size",
+        lambda p, c, d: narrowest_tile(p) <= c[name] <= whole(p),
+    )
 
 
 def dot_precision(problem: Problem) -> str:
@@ -100,8 +119,8 @@ def item_bytes(problem: Problem) -> int:
 def scan_smem_bytes(problem: Problem, config: Config, row_tiles: int, tiles: int) -> int:
     """Shared memory a walk along a segment asks for: `row_tiles` tiles C·K and `tiles` tiles C·BV for each chunk in
     flight, the C·C operands, and the state as an operand."""
-    c, bk = int(config["chunk_size"]), block_of(problem.key_dim)
-    bv = min(int(config["block_v"]), block_of(problem.value_dim))
+    c, bk = int(config["chunk_size"]), key_tile(problem)
+    bv = int(config["block_v"])
     flight = int(config["num_stages"]) * (row_tiles * c * bk + tiles * c * bv + c * c)
     return item_bytes(problem) * (flight + bk * bv + c * c + 2 * c * bv) + 4096
 
@@ -109,16 +128,15 @@ def scan_smem_bytes(problem: Problem, config: Config, row_tiles: int, tiles: int
 def scan_constraints(row_tiles: int, tiles: int = 1) -> tuple[Constraint, ...]:
     """The constraints of a kernel that keeps block_v columns of a state in registers."""
     return (
-        Constraint("block_v <= V, or the smallest block",
-                   lambda p, c, d: c["block_v"] == 16 or c["block_v"] <= block_of(p.value_dim)),
+        tile_width("block_v", value_tile),
         # beyond 64 fp32 a thread the state and the products beside it spill
-        Constraint("K * block_v / (32 * num_warps) <= 64, or the smallest block and 8 warps",
-                   lambda p, c, d: (c["block_v"] == 16 and c["num_warps"] == 8)
-                   or block_of(p.key_dim) * c["block_v"] <= 64 * 32 * c["num_warps"]),
-        # Triton 3.6 for sm_90 addresses shared memory out of range otherwise: docs/log.md, 2026-11-24
-        Constraint("block_v >= 64 or num_stages >= 2", lambda p, c, d: c["block_v"] >= 64 or c["num_stages"] >= 2),
+        Constraint("K * block_v / (32 * num_warps) <= 64",
+                   lambda p, c, d: key_tile(p) * c["block_v"] <= 64 * 32 * c["num_warps"]),
         Constraint("the tiles in flight fit in shared memory",
                    lambda p, c, d: scan_smem_bytes(p, c, row_tiles, tiles) <= d.smem_per_block_bytes),
+        # each of their dots is three of tf32, with operands of their own
+        Constraint("fp32 fits in Blackwell's tensor memory in chunks of at most 32",
+                   lambda p, c, d: d.capability < 100 or p.dtype != "fp32" or c["chunk_size"] <= 32),
     )
 
 

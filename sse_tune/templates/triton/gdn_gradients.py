@@ -25,14 +25,15 @@ from sse_tune.space import Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common
 from sse_tune.templates.triton.common import (
-    block_of,
     chunk_rows,
     decay,
+    key_tile,
     load_rows,
     load_state,
     row_scale,
     row_scale_gradient,
     store_rows,
+    value_tile,
 )
 
 if TYPE_CHECKING:
@@ -40,28 +41,31 @@ if TYPE_CHECKING:
 
 
 def smem_bytes(problem, config) -> int:
-    c, bk = config["chunk_size"], block_of(problem.key_dim)
-    bv = config["block_v"]
-    flight = config["num_stages"] * (2 * bk * bv + 5 * c * bv)
-    return common.item_bytes(problem) * (flight + 2 * c * bk + c * c) + 2 * c * c * 4 + 8192
+    c, bk = config["chunk_size"], key_tile(problem)
+    bv, item = config["block_v"], common.item_bytes(problem)
+    state = 4 if config["state_dtype"] == "fp32" else item
+    flight = config["num_stages"] * (2 * state * bk * bv + 5 * item * c * bv)
+    return flight + item * (2 * c * bk + c * c) + 2 * c * c * 4 + 8192
 
 
 SPACE = Space(
     params=(
-        # narrower tiles address shared memory out of range in Triton 3.6 for sm_90: docs/log.md, 2026-11-24
-        Param("block_v", (64, 128), 64, "columns of V taken at a time"),
+        Param("block_v", (32, 64, 128), 64, "columns of V taken at a time"),
         Param("num_warps", (4, 8), 8, "warps per block"),
         Param("num_stages", (1, 2), 1, "blocks of V in flight"),
     ),
     constraints=(
-        Constraint("block_v <= V, or the smallest block",
-                   lambda p, c, d: c["block_v"] == 64 or c["block_v"] <= block_of(p.value_dim)),
+        common.tile_width("block_v", value_tile),
         # two such tiles of fp32 are sums over V: more of them a thread spills
         Constraint("chunk_size * K / (32 * num_warps) <= 128",
-                   lambda p, c, d: c["chunk_size"] * block_of(p.head_dim) <= 128 * 32 * c["num_warps"]),
+                   lambda p, c, d: c["chunk_size"] * key_tile(p) <= 128 * 32 * c["num_warps"]),
         Constraint("chunk_size^2 / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
         Constraint("the tiles fit in shared memory", lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
+        # beyond that Triton 3.6 asks for more than the 512 columns, or fails in its pass over them
+        Constraint("chunks above 32 fit in tensor memory (sm_100) with 16-bit operands, K <= 128, block_v 64, 1 stage",
+                   lambda p, c, d: d.capability < 100 or c["chunk_size"] <= 32
+                   or (p.dtype != "fp32" and p.head_dim <= 128 and c["block_v"] == 64 and c["num_stages"] == 1)),
     ),
 )
 
@@ -110,8 +114,11 @@ def gdn_gradients_kernel(
     b_through = 0.0
     for i_v in range(0, (V + BV - 1) // BV):
         o_v = i_v * BV + tl.arange(0, BV)
-        b_h = load_state(h, i_ch, o_k, o_v, K, V).to(b_k.dtype)
-        b_dh = load_state(dh, i_ch, o_k, o_v, K, V).to(b_k.dtype)
+        # <h, dh> and <K dh, V'> are small sums of large terms: in 16 bits dg would lose them
+        b_h32 = load_state(h, i_ch, o_k, o_v, K, V).to(tl.float32)
+        b_dh32 = load_state(dh, i_ch, o_k, o_v, K, V).to(tl.float32)
+        b_h = b_h32.to(b_k.dtype)
+        b_dh = b_dh32.to(b_k.dtype)
         b_v = load_rows(v, b_head, m_row, o_v, V, BV)
         b_do = load_rows(do, b_head, m_read, o_v, V, BV)
         b_new = load_rows(v_new, i_ch * C + o_c, m_all, o_v, V, BV)
@@ -120,8 +127,9 @@ def gdn_gradients_kernel(
         b_kept = (b_up * b_a)[:, None] * tl.dot(b_k, b_h, input_precision=PRECISION)
         b_W = (b_v.to(tl.float32) - b_kept).to(b_k.dtype)
         b_db -= tl.sum(b_dw.to(tl.float32) * b_kept, 1)
-        b_y += tl.sum(b_new.to(tl.float32) * tl.dot(b_k, b_dh, input_precision=PRECISION), 1)
-        b_through += tl.sum(tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1), 0)
+        b_kdh = tl.dot(b_k.to(tl.float32), b_dh32, input_precision=PRECISION)
+        b_y += tl.sum(b_new.to(tl.float32) * b_kdh, 1)
+        b_through += tl.sum(tl.sum(b_h32 * b_dh32, 1), 0)
         b_dP = tl.dot(b_do, tl.trans(b_new), b_dP, input_precision=PRECISION)
         b_dAg = tl.dot(b_dnew, tl.trans(b_W), b_dAg, input_precision=PRECISION)
         b_xq = tl.dot(b_do, tl.trans(b_h), b_xq, input_precision=PRECISION)
@@ -148,9 +156,10 @@ def gdn_gradients_kernel(
     b_xq = tl.dot((b_GdP * b_a[None, :]).to(b_k.dtype), b_k, b_xq, input_precision=PRECISION)
     b_xk = tl.dot(tl.trans((b_GdP * b_c[:, None]).to(b_k.dtype)), b_q, b_xk, input_precision=PRECISION)
 
-    b_AT = tl.trans(b_A)
-    b_T = tl.dot((b_GdA * b_beta[None, :]).to(b_k.dtype), b_AT, input_precision=PRECISION)
-    b_dN = -tl.dot(b_AT, b_T.to(b_k.dtype), input_precision=PRECISION)
+    # in tf32: the inverse of nearly parallel keys cancels, and 16-bit operands would leave little of dbeta
+    b_AT = tl.trans(b_A.to(tl.float32))
+    b_T = tl.dot(b_GdA * b_beta[None, :], b_AT, input_precision=PRECISION)
+    b_dN = -tl.dot(b_AT, b_T, input_precision=PRECISION)
     b_dN = tl.where(o_c[:, None] > o_c[None, :], b_dN, 0.0)
     b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     b_dbeta = tl.sum(b_dAA, 0) + b_a * tl.sum(b_dN * b_a[None, :] * b_kk, 1)
@@ -195,7 +204,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **{name: tensors[name] for name in names},
             scale=call.scale,
             V=problem.value_dim,
-            BK=block_of(problem.key_dim),
+            BK=key_tile(problem),
             BV=int(call.config["block_v"]),
         ),
         num_warps=int(call.config["num_warps"]),

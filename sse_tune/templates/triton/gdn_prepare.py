@@ -17,7 +17,7 @@ import triton.language as tl
 from sse_tune.space import Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common
-from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, log_gate, row_scale
+from sse_tune.templates.triton.common import chunk_rows, key_tile, load_rows, log_gate, row_scale
 
 if TYPE_CHECKING:
     import torch
@@ -30,8 +30,7 @@ SPACE = Space(
         Param("num_stages", (1, 2, 3), 2, "k tiles in flight"),
     ),
     constraints=(
-        Constraint("block_k <= K, or the smallest block",
-                   lambda p, c, d: c["block_k"] == 32 or c["block_k"] <= block_of(p.head_dim)),
+        common.tile_width("block_k", key_tile),
         # a wider tile for each thread than this spills
         Constraint("chunk_size^2 / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
@@ -64,7 +63,7 @@ def unit_lower_inverse(b_N, C: tl.constexpr, PRECISION: tl.constexpr):
     b_A = tl.reshape(tl.where(m_diagonal, b_X[:, :, None, :], 0.0), (C, C))
     o_c = tl.arange(0, C)
     for level in tl.static_range(4, 7):
-        if C > (1 << level):
+        if (C >> level) > 1:
             b_i = o_c >> level
             m_off = ((b_i[:, None] >> 1) == (b_i[None, :] >> 1)) & (b_i[:, None] > b_i[None, :])
             b_off = tl.where(m_off, b_N, 0.0)
@@ -122,7 +121,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **common.row_arguments(call, tensors),
             **{name: tensors[name] for name in ("A", "k_scale", "g_cumsum", "chunk_segment")},
             SOLVE=call.config["solve_precision"],
-            BK=min(int(call.config["block_k"]), block_of(problem.key_dim)),
+            BK=int(call.config["block_k"]),
         ),
         num_warps=int(call.config["num_warps"]),
         num_stages=int(call.config["num_stages"]),

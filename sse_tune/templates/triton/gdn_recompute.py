@@ -15,9 +15,9 @@ from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common
 from sse_tune.templates.triton.common import (
-    block_of,
     chunk_rows,
     decay,
+    key_tile,
     load_rows,
     load_state,
     state_index,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 SPACE = Space(
     params=(
-        Param("block_v", (16, 32, 64, 128), 64, "columns of the state one block keeps"),
+        Param("block_v", (32, 64, 128), 64, "columns of the state one block keeps"),
         Param("num_warps", (2, 4, 8), 4, "warps per block"),
         Param("num_stages", (1, 2, 3), 2, "chunks in flight"),
     ),
@@ -78,7 +78,8 @@ def gdn_recompute_kernel(
         store_state(h, b_state, i_ch, o_k, o_v, K, V)
 
         b_low = b_state.to(b_k.dtype)
-        b_W = b_v.to(tl.float32) - (tl.exp(b_b.to(tl.float32)) * b_a)[:, None] * tl.dot(b_k, b_low, input_precision=PRECISION)
+        b_kept = (tl.exp(b_b.to(tl.float32)) * b_a)[:, None] * tl.dot(b_k, b_low, input_precision=PRECISION)
+        b_W = b_v.to(tl.float32) - b_kept
         b_Ag = decay(b_b[:, None], b_b[None, :], m_causal) * b_A.to(tl.float32) * b_beta[None, :]
         b_new = tl.dot(b_Ag.to(b_k.dtype), b_W.to(b_k.dtype), input_precision=PRECISION)
         store_rows(v_new, b_new, i_ch * C + o_c, o_c >= 0, o_v, V, BV)
@@ -88,7 +89,7 @@ def gdn_recompute_kernel(
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     problem = call.sizes.problem
-    block_v = min(int(call.config["block_v"]), block_of(problem.value_dim))
+    block_v = int(call.config["block_v"])
     call.launch(
         gdn_recompute_kernel,
         (call.sizes.segments * problem.num_heads * triton.cdiv(problem.value_dim, block_v),),
@@ -98,7 +99,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **common.state_arguments(call, tensors),
             **{name: tensors[name] for name in ("v", "A", "k_scale", "g_cumsum", "h", "v_new")},
             V=problem.value_dim,
-            BK=block_of(problem.key_dim),
+            BK=key_tile(problem),
             BV=block_v,
         ),
         num_warps=int(call.config["num_warps"]),

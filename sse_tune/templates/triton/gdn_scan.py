@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
-from sse_tune.space import Constraint, Param, Space
+from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common
 from sse_tune.templates.triton.common import (
-    block_of,
     chunk_rows,
     decay,
+    key_tile,
     load_rows,
     load_state,
     row_scale,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 SPACE = Space(
     params=(
-        Param("block_v", (16, 32, 64, 128), 64, "columns of the state one block keeps"),
+        Param("block_v", (32, 64, 128), 64, "columns of the state one block keeps"),
         Param("num_warps", (2, 4, 8), 4, "warps per block"),
         Param("num_stages", (1, 2, 3), 2, "chunks in flight"),
     ),
@@ -92,7 +92,8 @@ def gdn_scan_kernel(
         b_G = decay(b_b[:, None], b_b[None, :], m_causal)
 
         b_low = b_state.to(b_k.dtype)
-        b_W = b_v.to(tl.float32) - (tl.exp(b_b.to(tl.float32)) * b_a)[:, None] * tl.dot(b_k, b_low, input_precision=PRECISION)
+        b_kept = (tl.exp(b_b.to(tl.float32)) * b_a)[:, None] * tl.dot(b_k, b_low, input_precision=PRECISION)
+        b_W = b_v.to(tl.float32) - b_kept
         b_Ag = b_G * b_A.to(tl.float32) * b_beta[None, :]
         b_new = tl.dot(b_Ag.to(b_k.dtype), b_W.to(b_k.dtype), input_precision=PRECISION)  # [C, BV]
         b_P = b_G * b_c[:, None] * b_a[None, :] * tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
@@ -107,7 +108,7 @@ def gdn_scan_kernel(
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     problem = call.sizes.problem
-    block_v = min(int(call.config["block_v"]), block_of(problem.value_dim))
+    block_v = int(call.config["block_v"])
     blocks = triton.cdiv(problem.value_dim, block_v)
     call.launch(
         gdn_scan_kernel,
@@ -119,7 +120,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **{name: tensors[name] for name in ("v", "A", "k_scale", "g_cumsum", "o_rows", "q_scale")},
             scale=call.scale,
             V=problem.value_dim,
-            BK=block_of(problem.key_dim),
+            BK=key_tile(problem),
             BV=block_v,
         ),
         num_warps=int(call.config["num_warps"]),

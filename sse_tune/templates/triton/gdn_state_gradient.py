@@ -20,9 +20,9 @@ from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common
 from sse_tune.templates.triton.common import (
-    block_of,
     chunk_rows,
     decay,
+    key_tile,
     load_rows,
     load_state,
     state_index,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SPACE = Space(
     params=(
-        Param("block_v", (16, 32, 64, 128), 64, "columns of the state one block keeps"),
+        Param("block_v", (32, 64, 128), 64, "columns of the state one block keeps"),
         Param("num_warps", (2, 4, 8), 4, "warps per block"),
         Param("num_stages", (1, 2, 3), 2, "chunks in flight"),
     ),
@@ -90,7 +90,8 @@ def gdn_state_gradient_kernel(
 
         b_PT = decay(b_b[None, :], b_b[:, None], m_anti) * b_c[None, :] * b_a[:, None]
         b_PT *= tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # row j of keys, column i of queries
-        b_dnew = (b_a * tl.exp((b_last - b_b).to(tl.float32)))[:, None] * tl.dot(b_k, b_ds.to(b_k.dtype), input_precision=PRECISION)
+        b_down = b_a * tl.exp((b_last - b_b).to(tl.float32))
+        b_dnew = b_down[:, None] * tl.dot(b_k, b_ds.to(b_k.dtype), input_precision=PRECISION)
         b_dnew += tl.dot(b_PT.to(b_k.dtype), b_do, input_precision=PRECISION)
         b_Ag = decay(b_b[:, None], b_b[None, :], m_causal) * b_A.to(tl.float32) * b_beta[None, :]
         b_dw = tl.dot(tl.trans(b_Ag.to(b_k.dtype)), b_dnew.to(b_k.dtype), input_precision=PRECISION)
@@ -106,7 +107,7 @@ def gdn_state_gradient_kernel(
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     problem = call.sizes.problem
-    block_v = min(int(call.config["block_v"]), block_of(problem.value_dim))
+    block_v = int(call.config["block_v"])
     call.launch(
         gdn_state_gradient_kernel,
         (call.sizes.segments * problem.num_heads * triton.cdiv(problem.value_dim, block_v),),
@@ -119,7 +120,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
                 for name in ("do", "A", "k_scale", "q_scale", "g_cumsum", "dh", "dv_new", "dv_rows")
             },
             V=problem.value_dim,
-            BK=block_of(problem.key_dim),
+            BK=key_tile(problem),
             BV=block_v,
         ),
         num_warps=int(call.config["num_warps"]),

@@ -23,7 +23,14 @@ from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint
 from sse_tune.templates.registry import Call
-from sse_tune.templates.triton.common import block_of, item_bytes, load_rows, log_gate
+from sse_tune.templates.triton.common import (
+    item_bytes,
+    key_tile,
+    load_rows,
+    log_gate,
+    tile_width,
+    value_tile,
+)
 
 MODULE = "sse_tune.templates.triton.gla_common"
 
@@ -35,8 +42,8 @@ def walk_smem_bytes(problem: Problem, config: Config, device: Device, key_tiles:
     """Shared memory a walk along a segment asks for: in flight `key_tiles` tiles C·K of q and k, one of fp32 gates, and
     of those that a dot reads in place, C·BV and C·C, one more; then a tile C·K on its way from one layout to another,
     or as operands, and the state as an operand."""
-    c, bk, item = int(config["chunk_size"]), block_of(problem.key_dim), item_bytes(problem)
-    bv = min(int(config["block_v"]), block_of(problem.value_dim))
+    c, bk, item = int(config["chunk_size"]), key_tile(problem), item_bytes(problem)
+    bv = int(config["block_v"])
     stages, in_place = int(config["num_stages"]), item * (c * bv + c * c)
     flight = (stages - 1) * (key_tiles * item + 4) * c * bk + stages * in_place
     operands = max(4, key_tiles * item) * c * bk + item * bk * bv
@@ -47,14 +54,13 @@ def walk_smem_bytes(problem: Problem, config: Config, device: Device, key_tiles:
 def walk_constraints(key_tiles: int) -> tuple[Constraint, ...]:
     """The constraints of a kernel that walks along a segment with block_v columns of a state in registers."""
     return (
-        Constraint("block_v <= V, or the smallest block",
-                   lambda p, c, d: c["block_v"] == 16 or c["block_v"] <= block_of(p.value_dim)),
+        tile_width("block_v", value_tile),
         # beyond 128 fp32 a thread the state alone spills
         Constraint("K * block_v / (32 * num_warps) <= 128",
-                   lambda p, c, d: block_of(p.key_dim) * c["block_v"] <= 128 * 32 * c["num_warps"]),
+                   lambda p, c, d: key_tile(p) * c["block_v"] <= 128 * 32 * c["num_warps"]),
         # b, an exponential and the rows are held at once, in fp32
         Constraint("chunk_size * K / (32 * num_warps) <= 64",
-                   lambda p, c, d: c["chunk_size"] * block_of(p.key_dim) <= 64 * 32 * c["num_warps"]),
+                   lambda p, c, d: c["chunk_size"] * key_tile(p) <= 64 * 32 * c["num_warps"]),
         Constraint("the tiles in flight fit in shared memory",
                    lambda p, c, d: walk_smem_bytes(p, c, d, key_tiles) <= d.smem_per_block_bytes),
     )

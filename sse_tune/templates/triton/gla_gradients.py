@@ -24,7 +24,7 @@ from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
-from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, load_state, store_rows
+from sse_tune.templates.triton.common import chunk_rows, key_tile, load_rows, load_state, store_rows, value_tile
 from sse_tune.templates.triton.gla_common import (
     MIDPOINT_LEVELS,
     MIDPOINT_NATS,
@@ -45,8 +45,8 @@ if TYPE_CHECKING:
 def smem_bytes(problem: Problem, config: Config) -> int:
     """do, v, h and dh in flight, or the dots' operands."""
     c, item = int(config["chunk_size"]), common.item_bytes(problem)
-    bk = min(int(config["block_k"]), block_of(problem.key_dim))
-    bv = min(int(config["block_v"]), block_of(problem.value_dim))
+    bk = int(config["block_k"])
+    bv = int(config["block_v"])
     state = 4 if config["state_dtype"] == "fp32" else item
     wide = max(item, 4 if problem.dtype == "fp16" else 0)
     tiles = int(config["num_stages"]) * (2 * item * c * bv + 2 * state * bk * bv)
@@ -55,21 +55,19 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 
 SPACE = Space(
     params=(
-        Param("block_k", (16, 32, 64, 128), 64, "columns of K at a time"),
-        Param("block_v", (16, 32, 64, 128), 64, "columns of V at a time"),
+        Param("block_k", (32, 64, 128), 64, "columns of K at a time"),
+        Param("block_v", (32, 64, 128), 64, "columns of V at a time"),
         Param("diagonal", ("exact", "midpoint"), "exact",
               "blocks of 16 rows: by halves, or about their middle where the gates allow"),
         Param("num_warps", (2, 4, 8), 4, "warps per block"),
         Param("num_stages", (1, 2, 3), 2, "tiles of V in flight"),
     ),
     constraints=(
-        Constraint("block_k <= K, or the smallest block",
-                   lambda p, c, d: c["block_k"] == 16 or c["block_k"] <= block_of(p.key_dim)),
-        Constraint("block_v <= V, or the smallest block",
-                   lambda p, c, d: c["block_v"] == 16 or c["block_v"] <= block_of(p.value_dim)),
+        common.tile_width("block_k", key_tile),
+        common.tile_width("block_v", value_tile),
         # Xq, Xk, db, E and Y are held at once, and on sm_80 the dots' operands as well
         Constraint("chunk_size * block_k / (32 * num_warps) <= 32, or 16 before sm_90",
-                   lambda p, c, d: c["chunk_size"] * min(c["block_k"], block_of(p.key_dim))
+                   lambda p, c, d: c["chunk_size"] * min(c["block_k"], key_tile(p))
                    <= (32 if d.capability >= 90 else 16) * 32 * c["num_warps"]),
         Constraint("chunk_size * chunk_size / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
@@ -262,8 +260,8 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **common.shared_gradients(tensors, "q", "k", "g"),
             scale=call.scale,
             V=problem.value_dim,
-            BK=min(int(call.config["block_k"]), block_of(problem.key_dim)),
-            BV=min(int(call.config["block_v"]), block_of(problem.value_dim)),
+            BK=int(call.config["block_k"]),
+            BV=int(call.config["block_v"]),
         ),
         num_warps=int(call.config["num_warps"]),
         num_stages=int(call.config["num_stages"]),

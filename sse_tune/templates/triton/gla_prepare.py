@@ -18,7 +18,7 @@ from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
-from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, row_scale
+from sse_tune.templates.triton.common import chunk_rows, key_tile, load_rows, row_scale
 from sse_tune.templates.triton.gla_common import (
     MIDPOINT_LEVELS,
     MIDPOINT_NATS,
@@ -36,24 +36,23 @@ if TYPE_CHECKING:
 def smem_bytes(problem: Problem, config: Config) -> int:
     """q, k and g in flight, then two dot operands and the scores."""
     c, item = int(config["chunk_size"]), common.item_bytes(problem)
-    bk = min(int(config["block_k"]), block_of(problem.key_dim))
+    bk = int(config["block_k"])
     wide = max(item, 4 if problem.dtype == "fp16" and config["diagonal"] == "midpoint" else 0)
     return (int(config["num_stages"]) - 1) * (2 * item + 4) * c * bk + 2 * wide * c * bk + 4 * c * c + 4096
 
 
 SPACE = Space(
     params=(
-        Param("block_k", (16, 32, 64, 128), 64, "columns of K at a time"),
+        Param("block_k", (32, 64, 128), 64, "columns of K at a time"),
         Param("diagonal", ("exact", "midpoint"), "midpoint",
               "blocks of 16 rows: by halves, or about their middle where the gates allow"),
         Param("num_warps", (2, 4, 8), 4, "warps per block"),
         Param("num_stages", (1, 2, 3), 2, "tiles of K in flight"),
     ),
     constraints=(
-        Constraint("block_k <= K, or the smallest block",
-                   lambda p, c, d: c["block_k"] == 16 or c["block_k"] <= block_of(p.key_dim)),
+        common.tile_width("block_k", key_tile),
         Constraint("num_stages = 1 when one block covers K",
-                   lambda p, c, d: c["num_stages"] == 1 or c["block_k"] < block_of(p.key_dim)),
+                   lambda p, c, d: c["num_stages"] == 1 or c["block_k"] < key_tile(p)),
         # b, an exponential and two operands are held at once
         Constraint("chunk_size * block_k / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] * c["block_k"] <= 64 * 32 * c["num_warps"]),
@@ -141,7 +140,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **gla_common.split_arguments(call),
             **{name: tensors[name] for name in ("A", "k_scale", "q_scale", "chunk_segment")},
             scale=call.scale,
-            BK=min(int(call.config["block_k"]), block_of(problem.key_dim)),
+            BK=int(call.config["block_k"]),
         ),
         num_warps=int(call.config["num_warps"]),
         num_stages=int(call.config["num_stages"]),

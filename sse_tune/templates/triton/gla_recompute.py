@@ -16,7 +16,7 @@ import triton.language as tl
 from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
-from sse_tune.templates.triton.common import block_of, chunk_rows, load_rows, load_state, state_index, store_state
+from sse_tune.templates.triton.common import chunk_rows, key_tile, load_rows, load_state, state_index, store_state
 from sse_tune.templates.triton.gla_common import walk_gates
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 SPACE = Space(
     params=(
-        Param("block_v", (16, 32, 64, 128), 32, "columns of the state one block keeps"),
+        Param("block_v", (32, 64, 128), 64, "columns of the state one block keeps"),
         Param("num_warps", (2, 4, 8), 8, "warps per block"),
         Param("num_stages", (1, 2, 3), 2, "chunks in flight"),
     ),
@@ -72,7 +72,7 @@ def gla_recompute_kernel(
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     problem = call.sizes.problem
-    block_v = min(int(call.config["block_v"]), block_of(problem.value_dim))
+    block_v = int(call.config["block_v"])
     blocks = triton.cdiv(problem.value_dim, block_v)
     rows, states = common.row_arguments(call, tensors), common.state_arguments(call, tensors)
     call.launch(
@@ -85,7 +85,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
                ("segment_chunks", "initial_state", "n_sequences", "P", "HAS_SHARED", "HAS_INITIAL")},
             **{name: tensors[name] for name in ("v", "k_scale", "h")},
             V=problem.value_dim,
-            BK=block_of(problem.key_dim),
+            BK=key_tile(problem),
             BV=block_v,
             EXACT=problem.dtype == "fp32",
         ),

@@ -20,8 +20,8 @@ from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
 from sse_tune.templates.triton.common import (
-    block_of,
     chunk_rows,
+    key_tile,
     load_rows,
     load_state,
     state_index,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 SPACE = Space(
     params=(
-        Param("block_v", (16, 32, 64, 128), 32, "columns of the state one block keeps"),
+        Param("block_v", (32, 64, 128), 64, "columns of the state one block keeps"),
         Param("num_warps", (2, 4, 8), 8, "warps per block"),
         Param("num_stages", (1, 2, 3), 2, "chunks in flight"),
     ),
@@ -98,7 +98,7 @@ def gla_state_gradient_kernel(
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     problem = call.sizes.problem
-    block_v = min(int(call.config["block_v"]), block_of(problem.value_dim))
+    block_v = int(call.config["block_v"])
     blocks = triton.cdiv(problem.value_dim, block_v)
     rows = common.row_arguments(call, tensors)
     call.launch(
@@ -110,7 +110,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **common.state_gradient_arguments(call, tensors),
             **{name: tensors[name] for name in ("do", "A", "k_scale", "q_scale", "dh", "dv_rows")},
             V=problem.value_dim,
-            BK=block_of(problem.key_dim),
+            BK=key_tile(problem),
             BV=block_v,
             EXACT=problem.dtype == "fp32",
         ),

@@ -108,7 +108,8 @@ def block_offsets_kernel(block_counts, n_blocks, N: tl.constexpr, BLOCK: tl.cons
     for i in range(0, tl.cdiv(n_blocks, BLOCK)):
         o_b = i * BLOCK + tl.arange(0, BLOCK)
         b_count = tl.load(block_counts + o_b.to(tl.int64) * N + i_n, mask=o_b < n_blocks, other=0)
-        tl.store(block_counts + o_b.to(tl.int64) * N + i_n, total + tl.cumsum(b_count, 0) - b_count, mask=o_b < n_blocks)
+        b_before = total + tl.cumsum(b_count, 0) - b_count
+        tl.store(block_counts + o_b.to(tl.int64) * N + i_n, b_before, mask=o_b < n_blocks)
         total += tl.sum(b_count, 0)
     tl.store(block_counts + n_blocks * N + i_n, total)
 
