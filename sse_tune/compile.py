@@ -23,6 +23,8 @@ from sse_tune.templates.stages import BUFFERS, Sizes, Stage, stages_of
 if TYPE_CHECKING:
     import torch
 
+    Spec = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
+
 # What one block may use on every architecture of `device.ARCHS`: CUDA C++ Programming Guide, table "Technical
 # Specifications per Compute Capability".
 MAX_REGISTERS = 255  # of a thread
@@ -30,6 +32,8 @@ REGISTERS_PER_BLOCK = 65536
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_TENSOR_MEMORY = 512  # columns, sm_100
 WARP = 32
+
+ByPosition = dict[tuple[int, ...], Any]  # keyed as Triton does: (position of the parameter,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,44 +162,37 @@ def record_launches(
     template: Template, problem: Problem, outer: Config, config: Config, *, with_states: bool = True
 ) -> list[Launch]:
     """The launches a stage would make, on meta tensors."""
-    sizes = Sizes(problem, int(outer["chunk_size"]))
-    launcher = RecordingLauncher()
+    sizes, launcher = Sizes(problem, int(outer["chunk_size"])), RecordingLauncher()
     stage = next(stage for stage in stages_of(problem) if stage.name == template.stage)
-    call = Call(sizes, Config({**outer, **config}), launcher, problem.key_dim**-0.5)
-    template.run(call, meta_tensors(stage, sizes, outer, with_states=with_states))
+    tensors = meta_tensors(stage, sizes, outer, with_states=with_states)
+    template.run(Call(sizes, Config({**outer, **config}), launcher, problem.key_dim**-0.5), tensors)
     return launcher.launches
 
 
-def meta_tensors(
-    stage: Stage, sizes: Sizes, outer: Config, *, with_states: bool = True
-) -> dict[str, torch.Tensor]:
+def meta_tensors(stage: Stage, sizes: Sizes, outer: Config, *, with_states: bool = True) -> dict[str, torch.Tensor]:
     """The tensors a template of `stage` is handed, without memory: the call's own, and the stage's buffers.
 
     Gates, beta and logits are fp32, as the layers hand them over.
     """
     import torch
 
-    dtypes = {
-        "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64,
-        "int32": torch.int32,
-    }  # fmt: skip
+    dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32, fp64=torch.float64, int32=torch.int32)
     problem = sizes.problem
     io = dtypes[problem.dtype]
     key = (sizes.tokens, problem.num_heads, problem.key_dim)
     value = (sizes.tokens, problem.num_heads, problem.value_dim)
     state = (problem.sequences, problem.partitions, problem.num_heads, problem.key_dim, problem.value_dim)
-    inputs: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"q": (key, io), "k": (key, io), "v": (value, io)}
+    inputs: dict[str, Spec] = {"q": (key, io), "k": (key, io), "v": (value, io)}
     inputs["g"] = (key if problem.rule == "gla" else key[:2], torch.float32)
     if problem.rule == "gdn":
         inputs["beta"] = (key[:2], torch.float32)
     inputs |= {f"shared_{name}": spec for name, spec in inputs.items() if name != "v"}
     if problem.num_partitions:
         inputs["router_logits"] = ((sizes.tokens, problem.num_partitions), torch.float32)
+    results: dict[str, Spec] = {"o": (value, io), "do": (value, io)}
     if with_states:
-        inputs["initial_state"] = (state, torch.float32)
-    results = {**{f"d_{name}": spec for name, spec in inputs.items()}, "o": (value, io), "do": (value, io)}
-    if with_states:
-        results |= {"final_state": (state, torch.float32), "d_final_state": (state, torch.float32)}
+        inputs["initial_state"] = results["final_state"] = results["d_final_state"] = (state, torch.float32)
+    results |= {f"d_{name}": spec for name, spec in inputs.items()}
     specs = {**inputs, "cu_seqlens": ((problem.sequences + 1,), torch.int32)}
     for name in (*stage.reads, *stage.writes):
         if name in BUFFERS:
@@ -234,8 +231,8 @@ def _compile(launch: Launch, device: Device, what: str) -> KernelArtifact:
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
         compiled = triton.compile(source, target=target, options=options)
     except Exception as error:  # a compiler's failure may be of any type: Triton's, LLVM's, ptxas's, its own bug's
-        raise CompileError("the compiler must accept a template", f"{what}: {_one_line(error)}",
-                           "choose another config") from error
+        got = f"{what}: {_one_line(error)}"
+        raise CompileError("the compiler must accept a template", got, "choose another config") from error
     cubin = compiled.asm["cubin"]
     registers, stack = _resource_usage(cubin, what)
     return KernelArtifact(
@@ -250,9 +247,7 @@ def _compile(launch: Launch, device: Device, what: str) -> KernelArtifact:
     )
 
 
-def _specialise(
-    launch: Launch, target: Any
-) -> tuple[dict[str, str], dict[tuple[int, ...], Any], dict[tuple[int, ...], Any]]:
+def _specialise(launch: Launch, target: Any) -> tuple[dict[str, str], ByPosition, ByPosition]:
     """Signature, constants and attributes of a launch by the code that Triton runs at a launch.
 
     Tensors' addresses count as divisible by 16, as those of the allocator are: a meta tensor's address is 0.
@@ -269,13 +264,9 @@ def _specialise(
     if unknown:
         raise TypeError(f"{kernel.__name__} has no parameters {sorted(unknown)}")
     signature = {param.name: kind for param, (kind, _) in zip(kernel.params, specialization)}
-    values = list(bound.values())
-    constants: dict[tuple[int, ...], Any] = {
-        (i,): values[i] for i, (kind, _) in enumerate(specialization) if kind == "constexpr"
-    }
-    attributes: dict[tuple[int, ...], Any] = {
-        (i,): backend.parse_attr(kind) for i, (_, kind) in enumerate(specialization) if isinstance(kind, str)
-    }
+    values, found = list(bound.values()), list(enumerate(specialization))
+    constants: ByPosition = {(i,): values[i] for i, (kind, _) in found if kind == "constexpr"}
+    attributes: ByPosition = {(i,): backend.parse_attr(text) for i, (_, text) in found if isinstance(text, str)}
     return signature, constants, attributes
 
 
@@ -291,10 +282,8 @@ def _resource_usage(cubin: bytes, what: str) -> tuple[int, int]:
         )
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", done.stdout)}
     if done.returncode or set(usage) != {"REG", "STACK"}:
-        raise CompileError(
-            "cuobjdump must tell what a kernel uses", f"{(done.stderr or done.stdout).strip()!r} for {what}",
-            "reinstall triton",
-        )
+        said = (done.stderr or done.stdout).strip()
+        raise CompileError("cuobjdump must tell what a kernel uses", f"{said!r} for {what}", "reinstall triton")
     return usage["REG"], usage["STACK"]
 
 

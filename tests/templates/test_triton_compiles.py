@@ -52,6 +52,28 @@ UNASKED_SMEM_BYTES = 48 * 1024
 # (docs/log.md): the inverse in three tf32 products, the state, or the gradients' sums hold more than a thread has
 # registers. A smaller number is progress, a larger one a regression to look at.
 MAX_SPILL_BYTES: dict[tuple[str, str], int] = {
+    ("gdn_prepare", "sm_90"): 1152,
+    ("gdn_prepare", "sm_100"): 4128,
+    ("gdn_scan", "sm_80"): 416,
+    ("gdn_scan", "sm_90"): 256,
+    ("gdn_scan", "sm_100"): 192,
+    ("gdn_recompute", "sm_90"): 128,
+    ("gdn_recompute", "sm_100"): 32,
+    ("gdn_state_gradient", "sm_80"): 416,
+    ("gdn_state_gradient", "sm_90"): 288,
+    ("gdn_state_gradient", "sm_100"): 352,
+    ("gdn_gradients", "sm_80"): 4480,
+    ("gdn_gradients", "sm_90"): 1536,
+    ("gdn_gradients", "sm_100"): 512,
+    ("gla_prepare", "sm_80"): 768,
+    ("gla_prepare", "sm_90"): 128,
+    ("gla_prepare", "sm_100"): 256,
+    ("gla_scan", "sm_80"): 32,
+    ("gla_state_gradient", "sm_80"): 32,
+    ("gla_state_gradient", "sm_90"): 32,
+    ("gla_gradients", "sm_80"): 3488,
+    ("gla_gradients", "sm_90"): 1920,
+    ("gla_gradients", "sm_100"): 1376,
 }
 
 

@@ -24,9 +24,9 @@ MODULE = "sse_tune.templates.triton.common"
 
 
 def narrowest_tile(problem: Problem) -> int:
-    """Columns of a tile of 128 bytes. Triton 3.6 for sm_90 gives narrower tiles a narrower swizzle, and reads them
-    transposed out of range or wrong: docs/log.md, 2026-11-24."""
-    return 128 // item_bytes(problem)
+    """Columns of the narrowest tile. Triton 3.6 for sm_90 gives tiles of less than 128 bytes a narrower swizzle, and
+    reads them transposed out of range or wrong; fp32 needs 64 columns all the same: docs/log.md, 2026-11-24."""
+    return 64
 
 
 def key_tile(problem: Problem) -> int:
@@ -42,7 +42,7 @@ def value_tile(problem: Problem) -> int:
 def tile_width(name: str, whole: Callable[[Problem], int]) -> Constraint:
     """The bounds of a parameter that cuts K or V into tiles."""
     return Constraint(
-        f"{name} must span at least 128 bytes, and at most the power of two that covers the head size",
+        f"{name} must be at least 64, and at most the power of two that covers the head size",
         lambda p, c, d: narrowest_tile(p) <= c[name] <= whole(p),
     )
 

@@ -114,26 +114,27 @@ def gdn_gradients_kernel(
     b_through = 0.0
     for i_v in range(0, (V + BV - 1) // BV):
         o_v = i_v * BV + tl.arange(0, BV)
-        # <h, dh> and <K dh, V'> are small sums of large terms: in 16 bits dg would lose them
+        # <h, dh> is a small sum of large terms: in 16 bits dg would lose it
         b_h32 = load_state(h, i_ch, o_k, o_v, K, V).to(tl.float32)
         b_dh32 = load_state(dh, i_ch, o_k, o_v, K, V).to(tl.float32)
         b_h = b_h32.to(b_k.dtype)
         b_dh = b_dh32.to(b_k.dtype)
         b_v = load_rows(v, b_head, m_row, o_v, V, BV)
         b_do = load_rows(do, b_head, m_read, o_v, V, BV)
-        b_new = load_rows(v_new, i_ch * C + o_c, m_all, o_v, V, BV)
+        b_new32 = load_rows(v_new, i_ch * C + o_c, m_all, o_v, V, BV)
+        b_new = b_new32.to(b_k.dtype)
         b_dnew = load_rows(dv_new, i_ch * C + o_c, m_all, o_v, V, BV)
         b_dw = load_rows(dv_rows, (i_c.to(tl.int64) * C + o_c) * H + i_h, m_all, o_v, V, BV)
         b_kept = (b_up * b_a)[:, None] * tl.dot(b_k, b_h, input_precision=PRECISION)
         b_W = (b_v.to(tl.float32) - b_kept).to(b_k.dtype)
         b_db -= tl.sum(b_dw.to(tl.float32) * b_kept, 1)
-        b_kdh = tl.dot(b_k.to(tl.float32), b_dh32, input_precision=PRECISION)
-        b_y += tl.sum(b_new.to(tl.float32) * b_kdh, 1)
+        b_kdh = tl.dot(b_k, b_dh, input_precision=PRECISION)
+        b_y += tl.sum(b_new32 * b_kdh, 1)
         b_through += tl.sum(tl.sum(b_h32 * b_dh32, 1), 0)
         b_dP = tl.dot(b_do, tl.trans(b_new), b_dP, input_precision=PRECISION)
         b_dAg = tl.dot(b_dnew, tl.trans(b_W), b_dAg, input_precision=PRECISION)
         b_xq = tl.dot(b_do, tl.trans(b_h), b_xq, input_precision=PRECISION)
-        b_taken = (b_down[:, None] * b_new.to(tl.float32)).to(b_k.dtype)
+        b_taken = (b_down[:, None] * b_new32).to(b_k.dtype)
         b_erased = (-b_up[:, None] * b_dw.to(tl.float32)).to(b_k.dtype)
         b_xk = tl.dot(b_taken, tl.trans(b_dh), b_xk, input_precision=PRECISION)
         b_xk = tl.dot(b_erased, tl.trans(b_h), b_xk, input_precision=PRECISION)
@@ -156,10 +157,10 @@ def gdn_gradients_kernel(
     b_xq = tl.dot((b_GdP * b_a[None, :]).to(b_k.dtype), b_k, b_xq, input_precision=PRECISION)
     b_xk = tl.dot(tl.trans((b_GdP * b_c[:, None]).to(b_k.dtype)), b_q, b_xk, input_precision=PRECISION)
 
-    # in tf32: the inverse of nearly parallel keys cancels, and 16-bit operands would leave little of dbeta
+    # in fp32: the inverse of nearly parallel keys cancels, and operands of ten bits would leave little of dbeta
     b_AT = tl.trans(b_A.to(tl.float32))
-    b_T = tl.dot(b_GdA * b_beta[None, :], b_AT, input_precision=PRECISION)
-    b_dN = -tl.dot(b_AT, b_T, input_precision=PRECISION)
+    b_T = tl.dot(b_GdA * b_beta[None, :], b_AT, input_precision="tf32x3")
+    b_dN = -tl.dot(b_AT, b_T, input_precision="tf32x3")
     b_dN = tl.where(o_c[:, None] > o_c[None, :], b_dN, 0.0)
     b_kk = tl.dot(b_k, tl.trans(b_k), input_precision=PRECISION)
     b_dbeta = tl.sum(b_dAA, 0) + b_a * tl.sum(b_dN * b_a[None, :] * b_kk, 1)

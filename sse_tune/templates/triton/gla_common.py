@@ -48,7 +48,7 @@ def walk_smem_bytes(problem: Problem, config: Config, device: Device, key_tiles:
     flight = (stages - 1) * (key_tiles * item + 4) * c * bk + stages * in_place
     operands = max(4, key_tiles * item) * c * bk + item * bk * bv
     # Blackwell's dots take both operands from shared memory
-    return flight + operands + (item * c * bk if device.capability >= 100 else 0) + 4096
+    return flight + operands + (item * c * bk if device.capability >= 100 else 0) + 8192
 
 
 def walk_constraints(key_tiles: int) -> tuple[Constraint, ...]:
