@@ -130,6 +130,10 @@ CASES: dict[str, Hazard] = {
     "drift": Hazard(doc="12288 tokens: errors must not grow", lengths=lambda c, tiny: (12288,), heads=1, needs="full"),
     "long_drift": Hazard(doc="131072 tokens", lengths=lambda c, tiny: (131072,), heads=1, needs="big",
                          repeats=1),
+    "crowded": Hazard(
+        doc="enough blocks to fill a GPU many times over: a race shows as other bits on a repeat",
+        lengths=lambda c, tiny: (2048,), heads=32, needs="big", repeats=20,
+    ),
     "many_blocks": Hazard(
         doc="more segments and chunks than a grid's y and z may count", lengths=lambda c, tiny: (1, 2) * 35000,
         changes=_sizes(32, 32), heads=1, checked_sequences=64, needs="big",
