@@ -104,17 +104,16 @@ class Artifact:
 
     @property
     def registers(self) -> int:
-        """Of a thread, in the kernel that needs most."""
+        """Of a thread; as below, in the kernel that takes most."""
         return max(kernel.registers for kernel in self.kernels)
 
     @property
     def spill_bytes(self) -> int:
-        """Of a thread, in the kernel that spills most."""
         return max(kernel.spill_bytes for kernel in self.kernels)
 
     @property
     def smem_bytes(self) -> int:
-        """Of a block, in the kernel that needs most."""
+        """Of a block."""
         return max(kernel.smem_bytes for kernel in self.kernels)
 
     @property
@@ -152,7 +151,8 @@ def compile_stage(
             "run it instead",
         )
     launches = record_launches(template, problem, outer, config, with_states=with_states)
-    what = f"{template.name} for {arch} with {_shown(Config({**outer, **config}))}"
+    shown = ", ".join(f"{name}={value}" for name, value in {**outer, **config}.items())
+    what = f"{template.name} for {arch} with {shown}"
     if not launches:
         raise CompileError("a template must launch a kernel to be compiled", f"none from {what}", "run it instead")
     return Artifact(template.name, config, arch, tuple(_compile(launch, device, what) for launch in launches))
@@ -292,12 +292,7 @@ def _one_line(error: BaseException) -> str:
     cause = error
     while cause.__cause__ is not None and str(cause.__cause__).strip():
         cause = cause.__cause__
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip(" ^\t")]
+    lines = [line.strip() for line in str(cause).splitlines() if line.strip(" ^\t")] or ["no message"]
     # ptxas lists its command line and the PTX after the message; Triton's own errors end with theirs
     wanted = [line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
-    line = (wanted[0] if wanted else lines[-1]) if lines else "no message"
-    return f"{type(cause).__name__}: {line[:300]}"
-
-
-def _shown(config: Config) -> str:
-    return ", ".join(f"{name}={value}" for name, value in config.items())
+    return f"{type(cause).__name__}: {(wanted[:1] or lines[-1:])[0][:300]}"
