@@ -1,5 +1,7 @@
 """What the tests share: which machine a test needs, and allocations full of poison."""
 
+import pathlib
+
 import pytest
 import torch
 
@@ -16,6 +18,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="Triton's interpreter is off; run with TRITON_INTERPRET=1"))
         if item.get_closest_marker("gpu") and (interpreting or not torch.cuda.is_available()):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and Triton compiling"))
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory, monkeypatch):
+    """No test sees, or writes, the answers of the user who runs it."""
+    home = tmp_path_factory.mktemp("home")
+    monkeypatch.setattr(pathlib.Path, "home", lambda: home)
 
 
 @pytest.fixture

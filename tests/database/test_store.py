@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 
 import pytest
 from sqlalchemy.dialects import postgresql
@@ -171,7 +172,7 @@ def test_records_are_plain_data_and_back(make_answer, make_trial):
 
 
 def test_default_path_is_in_the_users_cache(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(pathlib.Path, "home", lambda: tmp_path)
     with TuningDatabase() as database:
         assert database.name == str(default_path())
     assert default_path() == tmp_path / ".cache" / "sse_tune" / "tuning.db"
