@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from sse_tune.device import Device
 from sse_tune.errors import CompileError
 from sse_tune.problem import Problem
+from sse_tune.races import pipeline_races
 from sse_tune.space import Config
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.stages import BUFFERS, Sizes, Stage, stages_of
@@ -80,6 +81,7 @@ class KernelArtifact:
         tensor_memory: columns of tensor memory of a block, sm_100 and later.
         num_warps: of a block.
         grid: of the launch that was recorded.
+        races: what its software pipeline overwrites too early, a reason each; such a kernel's results may vary.
         cubin: the binary.
     """
 
@@ -90,6 +92,7 @@ class KernelArtifact:
     tensor_memory: int
     num_warps: int
     grid: tuple[int, ...]
+    races: tuple[str, ...]
     cubin: bytes = dataclasses.field(repr=False)
 
 
@@ -120,6 +123,11 @@ class Artifact:
     def cubin_bytes(self) -> int:
         return sum(len(kernel.cubin) for kernel in self.kernels)
 
+    @property
+    def races(self) -> tuple[str, ...]:
+        """Of all kernels: "<kernel>: <race>"."""
+        return tuple(f"{kernel.name}: {race}" for kernel in self.kernels for race in kernel.races)
+
 
 def compile_stage(
     template: Template, problem: Problem, outer: Config, config: Config, arch: str, *, with_states: bool = True
@@ -136,7 +144,7 @@ def compile_stage(
             largest; False: the one without.
 
     Returns:
-        The kernels with their registers, spills and shared memory; `limits_reason` says whether they can run.
+        The kernels with their registers, spills, shared memory and races; `limits_reason` says whether they can run.
 
     Raises:
         CompileError: the compiler refused it, or there is nothing to compile.
@@ -204,13 +212,14 @@ def meta_tensors(stage: Stage, sizes: Sizes, outer: Config, *, with_states: bool
 
 
 def limits_reason(artifact: Artifact, device: Device) -> str | None:
-    """Why an artifact cannot run on a device; None if it can."""
+    """Why an artifact cannot run on a device, or must not since it is racy; None if it can."""
+    if artifact.races:
+        return artifact.races[0]
     for kernel in artifact.kernels:
-        block = kernel.registers * kernel.num_warps * WARP
         for what, used, limit in (
             ("shared memory of a block, bytes", kernel.smem_bytes, device.smem_per_block_bytes),
             ("registers of a thread", kernel.registers, MAX_REGISTERS),
-            ("registers of a block", block, REGISTERS_PER_BLOCK),
+            ("registers of a block", kernel.registers * kernel.num_warps * WARP, REGISTERS_PER_BLOCK),
             ("tensor memory of a block, columns", kernel.tensor_memory, MAX_TENSOR_MEMORY),
             *((f"grid along {axis}", used, limit) for axis, used, limit in zip("xyz", kernel.grid, MAX_GRID)),
         ):
@@ -233,18 +242,13 @@ def _compile(launch: Launch, device: Device, what: str) -> KernelArtifact:
     except Exception as error:  # a compiler's failure may be of any type: Triton's, LLVM's, ptxas's, its own bug's
         got = f"{what}: {_one_line(error)}"
         raise CompileError("the compiler must accept a template", got, "choose another config") from error
-    cubin = compiled.asm["cubin"]
+    cubin, made = compiled.asm["cubin"], compiled.metadata
     registers, stack = _resource_usage(cubin, what)
     return KernelArtifact(
-        name=compiled.metadata.name,
-        registers=registers,
-        spill_bytes=stack,
-        smem_bytes=compiled.metadata.shared,
-        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
-        num_warps=compiled.metadata.num_warps,
-        grid=launch.grid,
-        cubin=cubin,
-    )
+        name=made.name, registers=registers, spill_bytes=stack, smem_bytes=made.shared, num_warps=made.num_warps,
+        tensor_memory=getattr(made, "tmem_size", None) or 0, grid=launch.grid, cubin=cubin,
+        races=pipeline_races(compiled.asm["ttgir"]),
+    )  # fmt: skip
 
 
 def _specialise(launch: Launch, target: Any) -> tuple[dict[str, str], ByPosition, ByPosition]:
@@ -277,9 +281,8 @@ def _resource_usage(cubin: bytes, what: str) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name], capture_output=True, text=True
-        )
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True)
     usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", done.stdout)}
     if done.returncode or set(usage) != {"REG", "STACK"}:
         said = (done.stderr or done.stdout).strip()
@@ -289,10 +292,9 @@ def _resource_usage(cubin: bytes, what: str) -> tuple[int, int]:
 
 def _one_line(error: BaseException) -> str:
     """The cause of a compiler's failure: the innermost message, without the source excerpt and the listing."""
-    cause = error
-    while cause.__cause__ is not None and str(cause.__cause__).strip():
-        cause = cause.__cause__
-    lines = [line.strip() for line in str(cause).splitlines() if line.strip(" ^\t")] or ["no message"]
+    while error.__cause__ is not None and str(error.__cause__).strip():
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^\t")] or ["no message"]
     # ptxas lists its command line and the PTX after the message; Triton's own errors end with theirs
     wanted = [line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
-    return f"{type(cause).__name__}: {(wanted[:1] or lines[-1:])[0][:300]}"
+    return f"{type(error).__name__}: {(wanted[:1] or lines[-1:])[0][:300]}"

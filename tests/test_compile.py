@@ -190,16 +190,52 @@ def test_what_does_not_fit_has_a_reason():
         ({"grid": (2**31,)}, "grid along x: 2147483648 > 2147483647"),
         ({"grid": (1, 65536)}, "grid along y: 65536 > 65535"),
         ({"grid": (2**31 - 1, 65535, 65535)}, None),
+        ({"races": ("one", "two")}, "kernel: one"),
+        ({"races": ("one",), "registers": 256}, "kernel: one"),  # before the limits
     ],
     ids=str,
 )
 def test_limits(changed, reason):
     kernel = KernelArtifact(
-        name="kernel", registers=128, spill_bytes=0, smem_bytes=1024, tensor_memory=0, num_warps=4, grid=(1,), cubin=b""
-    )
+        name="kernel", registers=128, spill_bytes=0, smem_bytes=1024, tensor_memory=0, num_warps=4, grid=(1,), races=(),
+        cubin=b"",
+    )  # fmt: skip
     artifact = Artifact("toy", Config(), "sm_90", (kernel, dataclasses.replace(kernel, **changed)))
     found = limits_reason(artifact, ARCHS["sm_90"])
     assert found is None if reason is None else reason in found
+
+
+@triton.jit
+def gram_kernel(x, out, D, BLOCK: tl.constexpr, STAGES: tl.constexpr):
+    o_r, o_k = tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    b_square = tl.zeros([BLOCK], tl.float32)
+    b_gram = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for i in tl.range(0, D, BLOCK, num_stages=STAGES):
+        b = tl.load(x + o_r[:, None] * D + (i + o_k)[None, :])
+        b32 = b.to(tl.float32)
+        b_square += tl.sum(b32 * b32, 1)
+        b_gram = tl.dot(b, tl.trans(b), b_gram)
+    tl.store(out + o_r[:, None] * BLOCK + o_k[None, :], (b_gram / b_square[:, None]).to(tl.bfloat16))
+
+
+def gram(stages):
+    def run(call, tensors):
+        arguments = dict(x=tensors["o_rows"], out=tensors["o"], D=1024, BLOCK=64, STAGES=stages)
+        call.launch(gram_kernel, (8,), arguments, num_warps=4, num_stages=stages)
+
+    return dataclasses.replace(toy(), name="gram", run=run)
+
+
+@pytest.mark.skipif(not triton.__version__.startswith("3.6."), reason="this defect is Triton 3.6's")
+def test_a_racy_kernel_is_refused():
+    artifact = compiled(gram(2))
+    (race,) = artifact.races
+    assert race == f"gram_kernel: {artifact.kernels[0].races[0]}"
+    assert "async_copy_global_to_local overwrites a slot" in race
+    assert limits_reason(artifact, ARCHS["sm_90"]) == race
+    for sound in (compiled(gram(1)), compiled(gram(2), "sm_80")):
+        assert sound.races == ()
+        assert limits_reason(sound, ARCHS[sound.arch]) is None
 
 
 def test_nothing_to_compile():

@@ -98,7 +98,8 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         tuple(
             f"sse_tune.templates.triton.{name}"
             for name in (
-                "routing", "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_gradients",
+                "routing", "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients",
+                "gdn_gradients",
                 "gla_prepare", "gla_scan", "gla_recompute", "gla_state_gradient", "gla_gradients",
                 "combine", "combine_gradients",
             )

@@ -1,9 +1,11 @@
 """The stage graph: which stages compute a problem, and the buffers they hand each other. The contract of backends.
 
 Words: R = B·T tokens, L lanes (rows a token takes part in: the shared one first, then one per chosen partition),
-P partitions with the shared one, S sequences, C chunk size. A *segment* is the rows of one (sequence, partition) in
-time order: segments 0..S-1 are the shared ones, then S + s·N + p. Segments are padded to whole chunks, so chunk c
-holds rows c·C .. c·C+C-1; a row belongs to a *slot* token·L + lane, or to nothing (-1, padding).
+M = R·L rows, P partitions with the shared one, S sequences, C chunk size. A *segment* is the rows of one (sequence,
+partition) in time order: segments 0..S-1 are the shared ones, then S + s·N + p. Segments lie one behind the other with
+no padding, so the rows of the shared stream are the tokens; a row belongs to a *slot* token·L + lane. Each segment is
+cut into *chunks* of C rows, the last one shorter; between two chunks of a segment lies a *boundary*. No buffer of rows
+or states depends on N: only the tables of segments and chunks, a few integers each, do.
 """
 
 from __future__ import annotations
@@ -31,8 +33,17 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        """Rows before padding, M = R·L."""
+        """M = R·L."""
         return self.tokens * self.problem.lanes
+
+    @property
+    def shared_rows(self) -> int:
+        """The first rows, which are the tokens' own in the always-on stream."""
+        return self.tokens if self.problem.shared else 0
+
+    @property
+    def sparse_rows(self) -> int:
+        return self.rows - self.shared_rows
 
     @property
     def segments(self) -> int:
@@ -40,12 +51,13 @@ class Sizes:
 
     @property
     def chunks(self) -> int:
-        """The static bound on chunks: surplus ones stay empty. No segment has more padding than C-1 rows."""
+        """The static bound on chunks: surplus ones stay empty. No segment's last chunk lacks more than C-1 rows."""
         return max(1, (self.rows + self.segments * (self.chunk_size - 1)) // self.chunk_size)
 
     @property
-    def padded_rows(self) -> int:
-        return self.chunks * self.chunk_size
+    def boundaries(self) -> int:
+        """The static bound on boundaries: a segment of n rows has (n - 1) // C."""
+        return max(1, (self.rows - 1) // self.chunk_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,31 +86,40 @@ class Buffer:
         return count * ITEM_BYTES[self.dtype_in(sizes.problem, outer)]
 
 
-def _gate_rows(s: Sizes) -> tuple[int, ...]:
-    p = s.problem
-    per_row = (s.chunks, p.num_heads, s.chunk_size)
-    return per_row if p.rule == "gdn" else (s.padded_rows, p.num_heads, p.key_dim)
-
-
-def _states(s: Sizes) -> tuple[int, ...]:
-    return (s.chunks, s.problem.num_heads, s.problem.key_dim, s.problem.value_dim)
-
-
 def _scalars(s: Sizes) -> tuple[int, ...]:
-    return (s.chunks, s.problem.num_heads, s.chunk_size)
+    return (s.problem.num_heads, s.rows)
 
 
-def _value_tiles(s: Sizes) -> tuple[int, ...]:
-    return (s.chunks, s.problem.num_heads, s.chunk_size, s.problem.value_dim)
+def _tiles(s: Sizes) -> tuple[int, ...]:
+    return (s.problem.num_heads, s.rows, s.chunk_size)
+
+
+def _values(s: Sizes) -> tuple[int, ...]:
+    return (s.problem.num_heads, s.rows, s.problem.value_dim)
 
 
 def _value_rows(s: Sizes) -> tuple[int, ...]:
-    return (s.padded_rows, s.problem.num_heads, s.problem.value_dim)
+    return (s.rows, s.problem.num_heads, s.problem.value_dim)
 
 
-def _key_rows(s: Sizes) -> tuple[int, ...]:
-    return (s.padded_rows, s.problem.num_heads, s.problem.key_dim)
+def _states(s: Sizes) -> tuple[int, ...]:
+    return (s.boundaries, s.problem.num_heads, s.problem.key_dim, s.problem.value_dim)
 
+
+# gradients of the sparse rows only: the shared ones go to their tokens at once. One row stands in where there is none
+def _sparse_scalars(s: Sizes) -> tuple[int, ...]:
+    return (s.problem.num_heads, max(1, s.sparse_rows))
+
+
+def _sparse_keys(s: Sizes) -> tuple[int, ...]:
+    return (max(1, s.sparse_rows), s.problem.num_heads, s.problem.key_dim)
+
+
+def _sparse_gates(s: Sizes) -> tuple[int, ...]:
+    return _sparse_scalars(s) if s.problem.rule == "gdn" else _sparse_keys(s)
+
+
+CHUNK_COLUMNS = 5  # of "chunk_table": segment (-1: surplus), first row, rows, boundary before and after (-1: none)
 
 BUFFERS: dict[str, Buffer] = {
     buffer.name: buffer
@@ -106,28 +127,33 @@ BUFFERS: dict[str, Buffer] = {
         # routing
         Buffer("weights", "fp32", lambda s: (s.tokens, s.problem.lanes), "router weight of each slot; 1 if shared"),
         Buffer("chosen", "int32", lambda s: (s.tokens, s.problem.lanes), "partition of each slot; the shared lane: 0"),
-        Buffer("perm", "int32", lambda s: (s.padded_rows,), "slot of each row, -1 in the padding"),
+        Buffer("perm", "int32", lambda s: (s.rows,), "slot of each row"),
         Buffer("inv", "int32", lambda s: (s.tokens, s.problem.lanes), "row of each slot"),
-        Buffer("segment_chunks", "int32", lambda s: (s.segments + 1,), "first chunk of each segment"),
-        Buffer("chunk_segment", "int32", lambda s: (s.chunks,), "segment of each chunk, -1 in surplus ones"),
+        Buffer("segment_rows", "int32", lambda s: (s.segments + 1,), "first row of each segment"),
+        Buffer("segment_boundaries", "int32", lambda s: (s.segments + 1,), "first boundary of each segment"),
+        Buffer("chunk_table", "int32", lambda s: (s.chunks, CHUNK_COLUMNS), "where each chunk lies"),
         # forward
-        Buffer("k_scale", "fp32", _scalars, "a: what multiplies k; 0 for rows that do not write and in padding"),
-        Buffer("q_scale", "fp32", _scalars, "c: what multiplies q; 0 for rows that do not read and in padding"),
+        Buffer("k_scale", "fp32", _scalars, "a: what multiplies k; 0 for rows that do not write"),
+        Buffer("q_scale", "fp32", _scalars, "c: what multiplies q; 0 for rows that do not read"),
         Buffer("g_cumsum", "sum", _scalars, "GDN: b, inclusive in-chunk sum of the log-gates"),
-        Buffer("A", "io", lambda s: (*_scalars(s), s.chunk_size), "GDN: (I+N)^-1; GLA: the scaled in-chunk scores"),
+        Buffer("P", "io", _tiles, "the in-chunk scores, scaled and decayed"),
+        Buffer("Ag", "io", _tiles, "GDN: G∘A∘beta_col, from W to V'"),
+        Buffer("A", "io", _tiles, "GDN: (I+N)^-1"),
         Buffer("o_rows", "io", _value_rows, "output of each row"),
         # backward
-        Buffer("h", "state", _states, "state before each chunk"),
-        # fp32: rounded to bf16 it costs dg half of its tolerance
-        Buffer("v_new", "fp32", _value_tiles, "GDN: V', the values the state takes in"),
-        Buffer("dh", "state", _states, "gradient of the state after each chunk"),
-        Buffer("dv_new", "io", _value_tiles, "GDN: gradient of V'"),
-        Buffer("dv_rows", "io", _value_rows, "gradient of v, each row's part"),
-        Buffer("dq_rows", "io", _key_rows, "gradient of q, each row's part"),
-        Buffer("dk_rows", "io", _key_rows, "gradient of k, each row's part"),
-        Buffer("dg_rows", "fp32", _gate_rows, "gradient of g, each row's part"),
-        Buffer("dbeta_rows", "fp32", _scalars, "GDN: gradient of beta, each row's part"),
-        Buffer("de_rows", "fp32", _scalars, "gradient of the router weight, each row's part"),
+        Buffer("h", "state", _states, "state at each boundary"),
+        Buffer("w", "io", _values, "GDN: W, the values less what the state knows of them"),
+        Buffer("dh", "state", _states, "gradient of the state at each boundary"),
+        Buffer("dv_new", "io", _values, "GDN: gradient of V'"),
+        Buffer("dv_rows", "io", _value_rows, "gradient of v, each row's part; GDN: that of W too"),
+        Buffer("dp", "io", _tiles, "GDN: G∘dP, of the scores before their scales"),
+        Buffer("dn", "io", _tiles, "GDN: E + Eᵀ, of the products of keys before their scales"),
+        Buffer("db", "fp32", _scalars, "GDN: what the scores give to the gradient of g_cumsum"),
+        Buffer("dq_rows", "io", _sparse_keys, "gradient of q, each row's part"),
+        Buffer("dk_rows", "io", _sparse_keys, "gradient of k, each row's part"),
+        Buffer("dg_rows", "fp32", _sparse_gates, "gradient of g, each row's part"),
+        Buffer("dbeta_rows", "fp32", _sparse_scalars, "GDN: gradient of beta, each row's part"),
+        Buffer("de_rows", "fp32", _sparse_scalars, "gradient of the router weight, each row's part"),
     )
 }
 
@@ -148,28 +174,39 @@ class Stage:
     backward: bool = False
 
 
-_ROUTES = ("perm", "chunk_segment", "segment_chunks", "weights")
+_WALK = ("perm", "weights", "segment_rows", "segment_boundaries")
+_CHUNK = ("perm", "weights", "chunk_table")
 _QKV = ("q", "k", "v")
 _ROW_GRADIENTS = ("dq_rows", "dk_rows", "dg_rows", "de_rows")
 
 
-def _shared_gradients(problem: Problem) -> tuple[str, ...]:
-    """The always-on stream's gradients, one row a token: `gradients` writes them in place."""
-    if not problem.shared:
-        return ()
-    names = ("d_shared_q", "d_shared_k", "d_shared_g")
-    return names if problem.rule == "gla" else (*names, "d_shared_beta")
+def _shared_gradients(problem: Problem, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The always-on stream's gradients, one row a token: written in place by the stage that has them."""
+    return tuple(f"d_shared_{name}" for name in names) if problem.shared else ()
 
 
 def _no_flops(p: Problem, c: int) -> float:
     return 0.0
 
 
+def _score_gradients(problem: Problem) -> tuple[Stage, ...]:
+    return (
+        Stage(
+            "score_gradients",
+            (*_CHUNK, "k", "do", "beta", "P", "Ag", "A", "k_scale", "g_cumsum", "w", "dv_new"),
+            ("dp", "dn", "db", "dbeta_rows", *_shared_gradients(problem, ("beta",))),
+            lambda p, c: 6 * c * p.value_dim + 2 * c * p.key_dim + 4 * c * c,
+            backward=True,
+        ),
+    )
+
+
 def stages_of(problem: Problem) -> tuple[Stage, ...]:
     """The staged graph of a problem, in the order the stages run."""
     gdn = problem.rule == "gdn"
-    beta = ("beta",) if gdn else ()
-    rows = ("A", "k_scale", "g_cumsum") if gdn else ("A", "k_scale", "q_scale", "g")
+    scales = ("k_scale", "q_scale", "g_cumsum" if gdn else "g")
+    solved = ("Ag",) if gdn else ()
+    inverse = ("A",) if gdn and problem.trains else ()
     initial, final = ("initial_state",), ("final_state",)
 
     def key_value(p: Problem) -> float:
@@ -179,20 +216,20 @@ def stages_of(problem: Problem) -> tuple[Stage, ...]:
         Stage(
             "routing",
             ("router_logits", "cu_seqlens"),
-            ("weights", "chosen", "perm", "inv", "segment_chunks", "chunk_segment"),
+            ("weights", "chosen", "perm", "inv", "segment_rows", "segment_boundaries", "chunk_table"),
             _no_flops,
         ),
         Stage(
             "prepare",
-            (*_ROUTES, "k", "g", "beta") if gdn else (*_ROUTES, "q", "k", "g"),
-            ("A", "k_scale", "g_cumsum") if gdn else ("A", "k_scale", "q_scale"),
-            (lambda p, c: 2 * c * p.key_dim + 2 / 3 * c * c) if gdn else (lambda p, c: 2 * c * p.key_dim),
+            (*_CHUNK, "q", "k", "g", *(("beta",) if gdn else ())),
+            ("P", "k_scale", "q_scale", *(("Ag", "g_cumsum") if gdn else ()), *inverse),
+            (lambda p, c: 4 * c * p.key_dim + 2 / 3 * c * c) if gdn else (lambda p, c: 2 * c * p.key_dim),
         ),
         Stage(
             "scan",
-            (*_ROUTES, *_QKV, *beta, *rows, *initial),
-            ("o_rows", *final, *(("q_scale",) if gdn else ())),
-            (lambda p, c: 6 * key_value(p) + 2 * c * p.key_dim + 4 * c * p.value_dim)
+            (*_WALK, *_QKV, "P", *solved, *scales, *initial),
+            ("o_rows", *final),
+            (lambda p, c: 6 * key_value(p) + 4 * c * p.value_dim)
             if gdn
             else (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim),
         ),
@@ -200,30 +237,31 @@ def stages_of(problem: Problem) -> tuple[Stage, ...]:
     )
     if not problem.trains:
         return forward
-    new_values = ("v_new", "dv_new", "dv_rows") if gdn else ()
     sparse = ("d_q", "d_k", "d_g", *(("d_beta",) if gdn else ()), "d_router_logits")
     backward = (
         Stage(
             "recompute",
-            (*_ROUTES, "k", "v", *beta, *rows, *initial),
-            ("h", "v_new") if gdn else ("h",),
+            (*_WALK, "k", "v", *solved, *(name for name in scales if name != "q_scale"), *initial),
+            ("h", "w") if gdn else ("h",),
             (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim) if gdn else (lambda p, c: 2 * key_value(p)),
             backward=True,
         ),
         Stage(
             "state_gradient",
-            (*_ROUTES, "q", "k", "do", *beta, *rows, "q_scale", "d_final_state"),
+            (*_WALK, "q", "k", "do", "P", *solved, *scales, "d_final_state"),
             ("dh", "dv_rows", "d_initial_state", *(("dv_new",) if gdn else ())),
-            (lambda p, c: 6 * key_value(p) + 2 * c * p.key_dim + 4 * c * p.value_dim)
+            (lambda p, c: 6 * key_value(p) + 4 * c * p.value_dim)
             if gdn
             else (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim),
             backward=True,
         ),
+        *(_score_gradients(problem) if gdn else ()),
         Stage(
             "gradients",
-            (*_ROUTES, *_QKV, "do", *beta, *rows, "q_scale", "h", "dh", *new_values),
-            (*_ROW_GRADIENTS, *(("dbeta_rows",) if gdn else ()), *_shared_gradients(problem)),
-            (lambda p, c: 8 * key_value(p) + 4 * c * p.value_dim + 10 * c * p.key_dim + 4 * c * c)
+            (*_CHUNK, "q", "k", "do", *scales, "h", "dh", *initial, "d_final_state")
+            + (("Ag", "w", "dv_rows", "dp", "dn", "db") if gdn else ("v",)),
+            (*_ROW_GRADIENTS, *_shared_gradients(problem, ("q", "k", "g"))),
+            (lambda p, c: 6 * key_value(p) + 2 * c * p.value_dim + 6 * c * p.key_dim)
             if gdn
             else (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim + 4 * c * p.key_dim),
             backward=True,
@@ -242,7 +280,7 @@ def stages_of(problem: Problem) -> tuple[Stage, ...]:
 STAGED_OUTER = Space(
     params=(
         Param("chunk_size", (16, 32, 64, 128), 64, "C, rows of one chunk"),
-        Param("state_dtype", ("io", "fp32"), "fp32", "of the stored chunk states: the problem's dtype, or fp32"),
+        Param("state_dtype", ("io", "fp32"), "io", "of the stored chunk states: the problem's dtype, or fp32"),
     ),
     constraints=(
         # every row tile is held in registers next to the state: C·K fp32 beyond this spills on all targets

@@ -214,4 +214,4 @@ def test_launch_grids_stay_within_bounds_for_a_million_tokens():
         for launch in record_launches(template, problem, outer, config):
             assert launch.grid[0] < 2**31
             assert all(extent <= 65535 for extent in launch.grid[1:])
-            assert launch.grid[0] <= 64 * 4 * Sizes(problem, 16).padded_rows
+            assert launch.grid[0] <= 64 * 4 * 16 * Sizes(problem, 16).chunks

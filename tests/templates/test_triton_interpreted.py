@@ -262,7 +262,7 @@ def hard_logits(kind, rows, partitions):
 
 
 def plain_routing(problem, lengths, partitions, chunk_size):
-    """perm, inv, segment_chunks and chunk_segment, segment by segment, the way one would by hand."""
+    """perm, inv and the tables of segments and chunks, segment by segment, the way one would by hand."""
     shared, lanes = int(problem.shared), problem.lanes
     owner = [s for s, length in enumerate(lengths) for _ in range(length)]
     segments = [[] for _ in range(len(lengths) * problem.partitions)]
@@ -272,22 +272,24 @@ def plain_routing(problem, lengths, partitions, chunk_size):
         for lane, partition in enumerate(partitions[token].tolist() if problem.num_partitions else [], start=shared):
             segment = len(lengths) * shared + sequence * problem.num_partitions + partition
             segments[segment].append(token * lanes + lane)
-    perm, first, of_chunk = [], [0], []
+    perm, rows, boundaries, table = [], [0], [0], []
     for number, slots in enumerate(segments):
-        chunks = -(-len(slots) // chunk_size)
-        perm += slots + [-1] * (chunks * chunk_size - len(slots))
-        of_chunk += [number] * chunks
-        first.append(first[-1] + chunks)
-    bound = Sizes(problem, chunk_size).chunks
-    assert len(of_chunk) <= bound
-    of_chunk += [-1] * (bound - len(of_chunk))
-    perm += [-1] * (bound * chunk_size - len(perm))
+        starts = range(0, len(slots), chunk_size)
+        for i, start in enumerate(starts):
+            before = boundaries[-1] + i - 1 if i > 0 else -1
+            after = boundaries[-1] + i if i < len(starts) - 1 else -1
+            table.append([number, len(perm) + start, min(chunk_size, len(slots) - start), before, after])
+        perm += slots
+        rows.append(len(perm))
+        boundaries.append(boundaries[-1] + max(len(starts) - 1, 0))
+    sizes = Sizes(problem, chunk_size)
+    assert len(table) <= sizes.chunks
+    assert boundaries[-1] <= sizes.boundaries
     inv = torch.empty(len(owner) * lanes, dtype=torch.int32)
-    for row, slot in enumerate(perm):
-        if slot >= 0:
-            inv[slot] = row
+    inv[perm] = torch.arange(len(perm), dtype=torch.int32)
     return {
-        "perm": perm, "inv": inv.view(-1, lanes).tolist(), "segment_chunks": first, "chunk_segment": of_chunk,
+        "perm": perm, "inv": inv.view(-1, lanes).tolist(), "segment_rows": rows, "segment_boundaries": boundaries,
+        "chunk_table": table,
     }  # fmt: skip
 
 
@@ -320,8 +322,15 @@ def test_routing(kind, lengths, partitions, top_k, read_k, shared, poisoned_empt
         if shared:
             assert (tensors["weights"][:, 0] == 1).all()
             assert (tensors["chosen"][:, 0] == 0).all()
-        for name, value in plain_routing(problem, lengths, expected.partitions, chunk_size).items():
-            assert tensors[name].tolist() == value, name
+        assert_routing(tensors, plain_routing(problem, lengths, expected.partitions, chunk_size))
+
+
+def assert_routing(tensors, by_hand):
+    chunks = by_hand.pop("chunk_table")
+    assert tensors["chunk_table"][: len(chunks)].tolist() == chunks
+    assert (tensors["chunk_table"][len(chunks) :, 0] == -1).all(), "surplus chunks must be marked"
+    for name, value in by_hand.items():
+        assert tensors[name].tolist() == value, name
 
 
 def run_routing(problem, inputs, block_t, chunk_size, allocate):
@@ -342,8 +351,7 @@ def test_routing_of_the_plain_stream(poisoned_empty):
     problem = problem.replace(dtype="fp32")
     inputs = make_inputs(problem, [4, 0, 17])
     tensors = run_routing(problem, inputs, 16, 16, poisoned_empty)
-    for name, value in plain_routing(problem, [4, 0, 17], None, 16).items():
-        assert tensors[name].tolist() == value, name
+    assert_routing(tensors, plain_routing(problem, [4, 0, 17], None, 16))
 
 
 def test_nan_logits_reach_the_weights_and_spare_the_neighbours(poisoned_empty):
@@ -392,30 +400,41 @@ def test_parameters_change_no_result(rule, stage, name, value, poisoned_empty):
 
 
 SPOILED = {
-    "k_scale": "prepare", "A": "prepare", "o_rows": "scan", "h": "recompute", "dh": "state_gradient",
+    "k_scale": "prepare", "P": "prepare", "o_rows": "scan", "h": "recompute", "dh": "state_gradient",
     "dv_rows": "state_gradient", "dk_rows": "gradients", "de_rows": "gradients", "dg_rows": "gradients",
     "inv": "routing",
 }  # fmt: skip
+SPOILED_OF_GDN = {
+    "A": "prepare", "Ag": "prepare", "w": "recompute", "dv_new": "state_gradient", "dp": "score_gradients",
+    "dn": "score_gradients", "db": "score_gradients", "dbeta_rows": "score_gradients",
+}  # fmt: skip
 
 
-@RULES
-@pytest.mark.parametrize("buffer", SPOILED)
+@pytest.mark.parametrize(
+    ("rule", "buffer"),
+    [(rule, buffer) for rule in ("gla", "gdn") for buffer in SPOILED] + [("gdn", buffer) for buffer in SPOILED_OF_GDN],
+)
 def test_a_broken_kernel_turns_the_check_red(rule, buffer, poisoned_empty, monkeypatch):
     """One chunk of what one stage wrote, off by a hundredth: the comparison above must not let it pass."""
     problem = problem_of(rule, num_heads=1, seq_len=20, num_partitions=2, top_k=1)
-    (good,) = templates_for(SPOILED[buffer], problem, ("triton",))[:1]
+    stage = {**SPOILED, **SPOILED_OF_GDN}[buffer]
+    (good,) = templates_for(stage, problem, ("triton",))[:1]
 
     def broken(call, tensors):
         good.run(call, tensors)
         if buffer == "inv":  # two tokens read each other's row
             tensors["inv"][:2, 0] = tensors["inv"][:2, 0].flip(0)
             return
-        chunk_size, spoiled = call.sizes.chunk_size, tensors[buffer]
-        chunk = int(tensors["inv"][0, 1]) // chunk_size  # of the first token's sparse row
-        if spoiled.shape[0] == call.sizes.padded_rows:
-            spoiled[chunk * chunk_size : (chunk + 1) * chunk_size].mul_(1.01)
-        else:
-            spoiled[chunk].mul_(1.01)
+        sizes, spoiled = call.sizes, tensors[buffer]
+        rows = range(sizes.shared_rows, min(sizes.shared_rows + sizes.chunk_size, sizes.rows))  # a sparse chunk
+        if buffer in ("h", "dh"):
+            spoiled[0].mul_(1.01)
+        elif sizes.rows in spoiled.shape:
+            spoiled.index_copy_(spoiled.shape.index(sizes.rows), torch.tensor(rows), 1.01 * spoiled.index_select(
+                spoiled.shape.index(sizes.rows), torch.tensor(rows)))
+        else:  # the sparse rows alone
+            axis = spoiled.shape.index(sizes.sparse_rows)
+            spoiled.narrow(axis, 0, len(rows)).mul_(1.01)
 
     find, spoiled = registry.find_template, dataclasses.replace(good, run=broken)
     monkeypatch.setattr(

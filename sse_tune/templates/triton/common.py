@@ -23,28 +23,34 @@ if TYPE_CHECKING:
 MODULE = "sse_tune.templates.triton.common"
 
 
-def narrowest_tile(problem: Problem) -> int:
-    """Columns of the narrowest tile. Triton 3.6 for sm_90 gives tiles of less than 128 bytes a narrower swizzle, and
-    reads them transposed out of range or wrong; fp32 needs 64 columns all the same: docs/log.md, 2026-11-24."""
-    return 64
+# Columns of the narrowest tile. Triton 3.6 for sm_90 gives tiles of less than 128 bytes a narrower swizzle, and reads
+# them transposed out of range or wrong; fp32 needs 64 columns all the same: docs/log.md, 2026-11-24.
+NARROWEST_TILE = 64
 
 
 def key_tile(problem: Problem) -> int:
     """Columns of a tile that covers K: a power of two, as tl.arange and tl.dot ask for."""
-    return max(narrowest_tile(problem), triton.next_power_of_2(problem.key_dim))
+    return max(NARROWEST_TILE, triton.next_power_of_2(problem.key_dim))
 
 
 def value_tile(problem: Problem) -> int:
     """Columns of a tile that covers V."""
-    return max(narrowest_tile(problem), triton.next_power_of_2(problem.value_dim))
+    return max(NARROWEST_TILE, triton.next_power_of_2(problem.value_dim))
 
 
 def tile_width(name: str, whole: Callable[[Problem], int]) -> Constraint:
     """The bounds of a parameter that cuts K or V into tiles."""
     return Constraint(
-        f"{name} must be at least 64, and at most the power of two that covers the head size",
-        lambda p, c, d: narrowest_tile(p) <= c[name] <= whole(p),
+        f"{name} must be at least {NARROWEST_TILE}, and at most the power of two that covers the head size",
+        lambda p, c, d: NARROWEST_TILE <= c[name] <= whole(p),
     )
+
+
+# each of their dots is three of tf32, with operands of their own
+FP32_ON_BLACKWELL = Constraint(
+    "fp32 fits in Blackwell's tensor memory in chunks of at most 32",
+    lambda p, c, d: d.capability < 100 or p.dtype != "fp32" or c["chunk_size"] <= 32,
+)
 
 
 def dot_precision(problem: Problem) -> str:
@@ -53,11 +59,12 @@ def dot_precision(problem: Problem) -> str:
 
 
 def row_arguments(call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The arguments every chunk kernel takes: the row table and the constants of the problem."""
+    """The arguments every chunk kernel takes: the rows' slots and the constants of the problem."""
     problem = call.sizes.problem
     return dict(
         perm=tensors["perm"],
         weights=tensors["weights"],
+        M=call.sizes.rows,
         n_shared=problem.sequences if problem.shared else 0,
         H=problem.num_heads,
         K=problem.key_dim,
@@ -75,41 +82,51 @@ def streams(tensors: Mapping[str, torch.Tensor], *names: str) -> dict[str, Any]:
     return {full: tensors[full] for name in names for full in (name, f"shared_{name}")}
 
 
-def state_arguments(call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """What the forward scans take: the segment table, and the states where there are any."""
+def segment_arguments(call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """The table of segments, for the walks along them."""
     problem = call.sizes.problem
+    return dict(
+        segment_rows=tensors["segment_rows"],
+        segment_boundaries=tensors["segment_boundaries"],
+        n_sequences=problem.sequences,
+        PARTITIONS=problem.partitions,
+        HAS_SHARED=problem.shared,
+    )
+
+
+def launch_walk(call: Call, kernel: Any, arguments: dict[str, Any]) -> None:
+    """Launches a kernel that keeps block_v columns of a state: a block for each of them, each head and segment."""
+    problem, block_v = call.sizes.problem, int(call.config["block_v"])
+    call.launch(
+        kernel,
+        (call.sizes.segments * problem.num_heads * triton.cdiv(problem.value_dim, block_v),),
+        dict(arguments, V=problem.value_dim, BK=key_tile(problem), BV=block_v),
+        num_warps=int(call.config["num_warps"]),
+        num_stages=int(call.config["num_stages"]),
+    )
+
+
+def end_states(tensors: Mapping[str, torch.Tensor], first: str, last: str) -> dict[str, Any]:
+    """The states at a segment's two ends, which a call may be without."""
     stand_in = tensors["weights"]  # never read: a pointer must be some tensor's
+    return {
+        first: tensors.get(first, stand_in),
+        last: tensors.get(last, stand_in),
+        "HAS_INITIAL": first in tensors,
+        "HAS_FINAL": last in tensors,
+    }
+
+
+def gradient_arguments(call: Call, tensors: Mapping[str, torch.Tensor], *names: str) -> dict[str, Any]:
+    """What the stages by chunk that write gradients take: the table of chunks, and where sparse and always-on rows go.
+
+    The sparse rows' buffers stand in for the always-on stream's gradients, never written, when there is none."""
     return dict(
-        segment_chunks=tensors["segment_chunks"],
-        initial_state=tensors.get("initial_state", stand_in),
-        final_state=tensors.get("final_state", stand_in),
-        n_sequences=problem.sequences,
-        P=problem.partitions,
-        HAS_SHARED=problem.shared,
-        HAS_INITIAL="initial_state" in tensors,
-        HAS_FINAL="final_state" in tensors,
+        chunk_table=tensors["chunk_table"],
+        n_shared_rows=call.sizes.shared_rows,
+        **{f"d{name}_rows": tensors[f"d{name}_rows"] for name in names},
+        **{f"d_shared_{name}": tensors.get(f"d_shared_{name}", tensors[f"d{name}_rows"]) for name in names},
     )
-
-
-def state_gradient_arguments(call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """The same for the backward walk."""
-    problem = call.sizes.problem
-    stand_in = tensors["weights"]
-    return dict(
-        segment_chunks=tensors["segment_chunks"],
-        d_final_state=tensors.get("d_final_state", stand_in),
-        d_initial_state=tensors.get("d_initial_state", stand_in),
-        n_sequences=problem.sequences,
-        P=problem.partitions,
-        HAS_SHARED=problem.shared,
-        HAS_INITIAL="d_initial_state" in tensors,
-        HAS_FINAL="d_final_state" in tensors,
-    )
-
-
-def shared_gradients(tensors: Mapping[str, torch.Tensor], *names: str) -> dict[str, Any]:
-    """The always-on stream's gradients; the sparse rows' buffers stand in, never written, when there is none."""
-    return {f"d_shared_{name}": tensors.get(f"d_shared_{name}", tensors[f"d{name}_rows"]) for name in names}
 
 
 def item_bytes(problem: Problem) -> int:
@@ -117,11 +134,11 @@ def item_bytes(problem: Problem) -> int:
 
 
 def scan_smem_bytes(problem: Problem, config: Config, row_tiles: int, tiles: int) -> int:
-    """Shared memory a walk along a segment asks for: `row_tiles` tiles C·K and `tiles` tiles C·BV for each chunk in
-    flight, the C·C operands, and the state as an operand."""
+    """Shared memory a walk along a segment asks for: `row_tiles` tiles C·K, as many C·C and `tiles` tiles C·BV for each
+    chunk in flight, and the operands: the state, and what a step makes."""
     c, bk = int(config["chunk_size"]), key_tile(problem)
     bv = int(config["block_v"])
-    flight = int(config["num_stages"]) * (row_tiles * c * bk + tiles * c * bv + c * c)
+    flight = int(config["num_stages"]) * (row_tiles * (c * bk + c * c) + tiles * c * bv)
     return item_bytes(problem) * (flight + bk * bv + c * c + 2 * c * bv) + 4096
 
 
@@ -134,20 +151,58 @@ def scan_constraints(row_tiles: int, tiles: int = 1) -> tuple[Constraint, ...]:
                    lambda p, c, d: key_tile(p) * c["block_v"] <= 64 * 32 * c["num_warps"]),
         Constraint("the tiles in flight fit in shared memory",
                    lambda p, c, d: scan_smem_bytes(p, c, row_tiles, tiles) <= d.smem_per_block_bytes),
-        # each of their dots is three of tf32, with operands of their own
-        Constraint("fp32 fits in Blackwell's tensor memory in chunks of at most 32",
-                   lambda p, c, d: d.capability < 100 or p.dtype != "fp32" or c["chunk_size"] <= 32),
+        FP32_ON_BLACKWELL,
     )
 
 
 @triton.jit
-def chunk_rows(perm, i_c, C: tl.constexpr, L: tl.constexpr):
-    """Slots, tokens (64-bit, 0 in the padding), lanes and mask of a chunk's rows."""
-    b_slot = tl.load(perm + i_c.to(tl.int64) * C + tl.arange(0, C))
-    m_row = b_slot >= 0
-    b_slot = tl.where(m_row, b_slot, 0)
+def chunk_rows(perm, first_row, n_rows, C: tl.constexpr, L: tl.constexpr):
+    """Rows and tokens (64-bit), slots, lanes and mask of a chunk of n_rows <= C rows; those masked off have slot 0."""
+    o_c = tl.arange(0, C)
+    m_row = o_c < n_rows
+    b_row = tl.cast(first_row, tl.int64) + o_c
+    b_slot = tl.load(perm + b_row, mask=m_row, other=0)
     b_token = b_slot // L
-    return b_slot, b_token.to(tl.int64), b_slot - b_token * L, m_row
+    return b_row, b_slot, b_token.to(tl.int64), b_slot - b_token * L, m_row
+
+
+@triton.jit
+def chunk_entry(chunk_table, i_c):
+    """Segment (-1: no such chunk), first row, rows, boundary before and after (-1: none) of a chunk."""
+    p_entry = chunk_table + i_c.to(tl.int64) * 5
+    return (
+        tl.load(p_entry), tl.load(p_entry + 1), tl.load(p_entry + 2), tl.load(p_entry + 3), tl.load(p_entry + 4)
+    )  # fmt: skip
+
+
+@triton.jit
+def walk_block(
+    segment_rows, segment_boundaries, n_sequences,
+    H: tl.constexpr, PARTITIONS: tl.constexpr, HAS_SHARED: tl.constexpr, NV: tl.constexpr,
+):  # fmt: skip
+    """What a block of `launch_walk` is: its tile of V, head and segment; the segment's first row, rows and first
+    boundary; and where the segment's end states lie."""
+    i_v = tl.program_id(0) % NV
+    i_h = (tl.program_id(0) // NV) % H
+    i_seg = tl.program_id(0) // (NV * H)
+    first_row = tl.load(segment_rows + i_seg)
+    n_rows = tl.load(segment_rows + i_seg + 1) - first_row
+    i_state = state_index(i_seg, n_sequences, PARTITIONS, HAS_SHARED).to(tl.int64) * H + i_h
+    return i_v, i_h, i_seg, first_row, n_rows, tl.load(segment_boundaries + i_seg), i_state
+
+
+@triton.jit
+def load_scalars(p_base, b_at, m_row):
+    """One number a row of a [H, M] tensor, 0 where masked off; b_at = i_h * M + row."""
+    return tl.load(p_base + b_at, mask=m_row, other=0.0)
+
+
+@triton.jit
+def load_gate_sums(g_cumsum, b_at, m_row, n_rows, C: tl.constexpr):
+    """b of a chunk's rows and b of its last row, which the rows masked off repeat: no exponent is above 0 for them."""
+    b_b = tl.load(g_cumsum + b_at, mask=m_row, other=0.0)
+    b_last = tl.sum(tl.where(tl.arange(0, C) == n_rows - 1, b_b, 0.0), 0)
+    return tl.where(m_row, b_b, b_last), b_last
 
 
 @triton.jit
@@ -204,29 +259,45 @@ def store_rows(p_base, b_tile, b_row, m_row, o_d, D: tl.constexpr, BD: tl.conste
 
 
 @triton.jit
-def load_state(p_base, i_state, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
-    """Tile [BK, BV] of state number `i_state` (64-bit) of a [*, K, V] tensor."""
+def load_state(p_base, i_state, o_k, o_v, m_state, K: tl.constexpr, V: tl.constexpr):
+    """Tile [BK, BV] of state number `i_state` (64-bit) of a [*, K, V] tensor; 0 unless m_state."""
     p_tile = p_base + i_state * (K * V) + o_k[:, None] * V + o_v[None, :]
-    return tl.load(p_tile, mask=(o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
+    return tl.load(p_tile, mask=m_state & (o_k < K)[:, None] & (o_v < V)[None, :], other=0.0)
 
 
 @triton.jit
-def store_state(p_base, b_state, i_state, o_k, o_v, K: tl.constexpr, V: tl.constexpr):
+def store_state(p_base, b_state, i_state, o_k, o_v, m_state, K: tl.constexpr, V: tl.constexpr):
     """The inverse of `load_state`."""
     p_tile = p_base + i_state * (K * V) + o_k[:, None] * V + o_v[None, :]
-    tl.store(p_tile, b_state.to(p_base.dtype.element_ty), mask=(o_k < K)[:, None] & (o_v < V)[None, :])
+    m_tile = m_state & (o_k < K)[:, None] & (o_v < V)[None, :]
+    tl.store(p_tile, b_state.to(p_base.dtype.element_ty), mask=m_tile)
 
 
 @triton.jit
-def state_index(i_seg, n_sequences, P: tl.constexpr, HAS_SHARED: tl.constexpr):
+def state_beside(
+    at_boundaries, at_end, i_boundary, i_state, i_h, o_k, o_v,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HAS_END: tl.constexpr,
+):  # fmt: skip
+    """The state on one side of a chunk: that of a boundary, or at the segment's end the call's own, or 0; fp32."""
+    m_inside = i_boundary >= 0
+    i_inside = tl.where(m_inside, i_boundary, 0).to(tl.int64) * H + i_h
+    b_state = load_state(at_boundaries, i_inside, o_k, o_v, m_inside, K, V).to(tl.float32)
+    if HAS_END:
+        b_state += load_state(at_end, i_state, o_k, o_v, i_boundary < 0, K, V)
+    return b_state
+
+
+@triton.jit
+def state_index(i_seg, n_sequences, PARTITIONS: tl.constexpr, HAS_SHARED: tl.constexpr):
     """Where a segment's state lies in [S, P, H, K, V]: segments 0..S-1 are the shared partition of each sequence."""
     if HAS_SHARED:
-        if P == 1:
+        if PARTITIONS == 1:
             return i_seg
         else:
             i_sparse = i_seg - n_sequences
-            i_s = i_sparse // (P - 1)
-            return tl.where(i_seg < n_sequences, i_seg * P, i_s * P + 1 + (i_sparse - i_s * (P - 1)))
+            i_s = i_sparse // (PARTITIONS - 1)
+            i_own = i_sparse - i_s * (PARTITIONS - 1)
+            return tl.where(i_seg < n_sequences, i_seg * PARTITIONS, i_s * PARTITIONS + 1 + i_own)
     else:
         return i_seg
 

@@ -1,6 +1,9 @@
-"""GDN prepare: for each chunk and head the inverse A = (I + N)^-1, N = strictLower(beta_i a_i a_j k_i·k_j).
+"""GDN prepare: what a chunk needs that no state enters, for each chunk and head on its own.
 
-Also the row scale a of k and the in-chunk cumsum b of g. A holds no gates: the scans multiply them in.
+    N = strictLower(beta_i a_i a_j k_i·k_j)     A = (I + N)^-1     Ag = G∘A∘beta_col     P = G∘c_i a_j (q_i·k_j)
+
+with the row scales a of k and c of q, the in-chunk cumsum b of g, and G_ij = e^(b_i - b_j). The walks along the
+segments, whose steps wait for one another, then have products alone to do. A itself is for the backward pass.
 The inverse goes from 16×16 diagonal blocks, by forward substitution, to twice the size again and again:
 [[X, 0], [N21, Y]]^-1 = [[X', 0], [-Y' N21 X', Y']]. A doubling series from the start would be all matrix products,
 but its powers of N grow beyond fp32 on repeated keys.
@@ -17,17 +20,25 @@ import triton.language as tl
 from sse_tune.space import Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common
-from sse_tune.templates.triton.common import chunk_rows, key_tile, load_rows, log_gate, row_scale
+from sse_tune.templates.triton.common import (
+    chunk_entry,
+    chunk_rows,
+    decay,
+    key_tile,
+    load_rows,
+    log_gate,
+    row_scale,
+    store_rows,
+)
 
 if TYPE_CHECKING:
     import torch
 
 SPACE = Space(
     params=(
-        Param("block_k", (32, 64, 128), 64, "columns of k loaded at a time"),
+        Param("block_k", (64, 128), 64, "columns of q and k loaded at a time"),
         Param("solve_precision", ("ieee", "tf32x3", "tf32"), "tf32x3", "of the fp32 products of the inverse"),
         Param("num_warps", (1, 2, 4, 8), 4, "warps per block"),
-        Param("num_stages", (1, 2, 3), 2, "k tiles in flight"),
     ),
     constraints=(
         common.tile_width("block_k", key_tile),
@@ -43,7 +54,7 @@ SPACE = Space(
 
 def smem_bytes(problem, config) -> int:
     tile = config["chunk_size"] * config["block_k"] * common.item_bytes(problem)
-    return config["num_stages"] * tile + tile + 3 * config["chunk_size"] ** 2 * 4 + 4096
+    return 4 * tile + 3 * config["chunk_size"] ** 2 * 4 + 4096
 
 
 @triton.jit
@@ -74,41 +85,56 @@ def unit_lower_inverse(b_N, C: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def gdn_prepare_kernel(
-    k, g, beta, shared_k, shared_g, shared_beta, A, k_scale, g_cumsum, perm, weights, chunk_segment, n_shared,
+    q, k, g, beta, shared_q, shared_k, shared_g, shared_beta, P, Ag, A, k_scale, q_scale, g_cumsum, perm, weights,
+    chunk_table, scale, M, n_shared,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr, WRITERS: tl.constexpr, READERS: tl.constexpr,
-    NORM: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr, BK: tl.constexpr,
+    NORM: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr, TRAINS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(0) % H
-    i_c = tl.program_id(0) // H
-    i_seg = tl.load(chunk_segment + i_c)
+    i_seg, first_row, n_rows, _, _ = chunk_entry(chunk_table, tl.program_id(0) // H)
     if i_seg < 0:
         return
+    p_q = tl.where(i_seg < n_shared, shared_q, q)
     p_k = tl.where(i_seg < n_shared, shared_k, k)
     p_g = tl.where(i_seg < n_shared, shared_g, g)
     p_beta = tl.where(i_seg < n_shared, shared_beta, beta)
     o_c = tl.arange(0, C)
-    b_slot, b_token, b_lane, m_row = chunk_rows(perm, i_c, C, L)
+    b_row, b_slot, b_token, b_lane, m_row = chunk_rows(perm, first_row, n_rows, C, L)
     m_write = m_row & (b_lane < WRITERS)
     b_head = b_token * H + i_h
+    b_at = i_h.to(tl.int64) * M + b_row
     b_kk = tl.zeros((C, C), tl.float32)
-    b_square = tl.zeros((C,), tl.float32)
-    for i_k in range(0, tl.cdiv(K, BK)):
-        b_k = load_rows(p_k, b_head, m_row, i_k * BK + tl.arange(0, BK), K, BK)
+    b_qk = tl.zeros((C, C), tl.float32)
+    b_k_square = tl.zeros((C,), tl.float32)
+    b_q_square = tl.zeros((C,), tl.float32)
+    # unrolled: Triton 3.6 pipelines this loop into one buffer that it fills again while the tensor core reads it
+    for i_k in tl.static_range(0, (K + BK - 1) // BK):
+        o_k = i_k * BK + tl.arange(0, BK)
+        b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)
+        b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)
         b_k32 = b_k.to(tl.float32)
-        b_square += tl.sum(b_k32 * b_k32, 1)
+        b_q32 = b_q.to(tl.float32)
+        b_k_square += tl.sum(b_k32 * b_k32, 1)
+        b_q_square += tl.sum(b_q32 * b_q32, 1)
         b_kk = tl.dot(b_k, tl.trans(b_k), b_kk, input_precision=PRECISION)
-    b_weight = tl.load(weights + b_slot, mask=m_write, other=0.0)
-    b_a = tl.where(m_write, row_scale(b_square, b_weight, NORM), 0.0)
+        b_qk = tl.dot(b_q, tl.trans(b_k), b_qk, input_precision=PRECISION)
+    b_weight = tl.load(weights + b_slot, mask=m_row, other=0.0)
+    b_a = tl.where(m_write, row_scale(b_k_square, b_weight, NORM), 0.0)
+    b_c = tl.where(m_row & (b_lane < READERS), row_scale(b_q_square, b_weight, NORM), 0.0) * scale
     b_beta = tl.load(p_beta + b_head, mask=m_write, other=0.0).to(tl.float32)
     b_g = log_gate(tl.load(p_g + b_head, mask=m_write, other=0.0), m_write)
+    b_b = tl.cumsum(b_g.to(g_cumsum.dtype.element_ty), 0)
+    tl.store(k_scale + b_at, b_a, mask=m_row)
+    tl.store(q_scale + b_at, b_c, mask=m_row)
+    tl.store(g_cumsum + b_at, b_b, mask=m_row)
+    b_G = decay(b_b[:, None], b_b[None, :], o_c[:, None] >= o_c[None, :])
+    store_rows(P, b_G * b_c[:, None] * b_a[None, :] * b_qk, b_at, m_row, o_c, C, C)
     m_lower = o_c[:, None] > o_c[None, :]
     b_N = tl.where(m_lower, (b_beta * b_a)[:, None] * b_a[None, :] * b_kk, 0.0)
     b_A = unit_lower_inverse(b_N, C, SOLVE)
-
-    i_ch = i_c.to(tl.int64) * H + i_h
-    tl.store(k_scale + i_ch * C + o_c, b_a)
-    tl.store(g_cumsum + i_ch * C + o_c, tl.cumsum(b_g.to(g_cumsum.dtype.element_ty), 0))
-    tl.store(A + i_ch * (C * C) + o_c[:, None] * C + o_c[None, :], b_A.to(A.dtype.element_ty))
+    if TRAINS:
+        store_rows(A, b_A, b_at, m_row, o_c, C, C)
+    store_rows(Ag, b_G * b_A * b_beta[None, :], b_at, m_row, o_c, C, C)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -117,14 +143,17 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
         gdn_prepare_kernel,
         (call.sizes.chunks * problem.num_heads,),
         dict(
-            **common.streams(tensors, "k", "g", "beta"),
+            **common.streams(tensors, "q", "k", "g", "beta"),
             **common.row_arguments(call, tensors),
-            **{name: tensors[name] for name in ("A", "k_scale", "g_cumsum", "chunk_segment")},
+            **{name: tensors[name] for name in ("P", "Ag", "k_scale", "q_scale", "g_cumsum", "chunk_table")},
+            A=tensors.get("A", tensors["Ag"]),  # not written when nothing is trained
+            scale=call.scale,
             SOLVE=call.config["solve_precision"],
+            TRAINS=problem.trains,
             BK=int(call.config["block_k"]),
         ),
         num_warps=int(call.config["num_warps"]),
-        num_stages=int(call.config["num_stages"]),
+        num_stages=1,
     )
 
 

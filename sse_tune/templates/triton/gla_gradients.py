@@ -24,7 +24,17 @@ from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
-from sse_tune.templates.triton.common import chunk_rows, key_tile, load_rows, load_state, store_rows, value_tile
+from sse_tune.templates.triton.common import (
+    chunk_entry,
+    chunk_rows,
+    key_tile,
+    load_rows,
+    load_scalars,
+    state_beside,
+    state_index,
+    store_rows,
+    value_tile,
+)
 from sse_tune.templates.triton.gla_common import (
     MIDPOINT_LEVELS,
     MIDPOINT_NATS,
@@ -127,17 +137,18 @@ def add_middles(
 
 @triton.jit
 def gla_gradients_kernel(
-    q, k, v, g, do, shared_q, shared_k, shared_g, k_scale, q_scale, h, dh, perm, weights, chunk_segment,
-    dq_rows, dk_rows, dg_rows, de_rows, d_shared_q, d_shared_k, d_shared_g, scale, n_shared,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
+    q, k, v, g, do, shared_q, shared_k, shared_g, k_scale, q_scale, h, dh, initial_state, d_final_state, perm, weights,
+    chunk_table, dq_rows, dk_rows, dg_rows, de_rows, d_shared_q, d_shared_k, d_shared_g, scale, M, n_shared,
+    n_shared_rows, n_sequences,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, MIDPOINT: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
     i_h = tl.program_id(0) % H
-    i_c = tl.program_id(0) // H
-    i_seg = tl.load(chunk_segment + i_c)
+    i_seg, first_row, n_rows, i_before, i_after = chunk_entry(chunk_table, tl.program_id(0) // H)
     if i_seg < 0:
         return
     is_shared = i_seg < n_shared
@@ -147,16 +158,16 @@ def gla_gradients_kernel(
     p_dq = tl.where(is_shared, d_shared_q, dq_rows)
     p_dk = tl.where(is_shared, d_shared_k, dk_rows)
     o_c = tl.arange(0, C)
-    b_slot, b_token, b_lane, m_row = chunk_rows(perm, i_c, C, L)
+    b_row, b_slot, b_token, b_lane, m_row = chunk_rows(perm, first_row, n_rows, C, L)
     b_head = b_token * H + i_h
-    i_ch = i_c.to(tl.int64) * H + i_h
+    b_at = i_h.to(tl.int64) * M + b_row
+    i_state = state_index(i_seg, n_sequences, PARTITIONS, HAS_SHARED).to(tl.int64) * H + i_h
     m_write = m_row & (b_lane < WRITERS)
     m_read = m_row & (b_lane < READERS)
-    # rows of a shared segment have their gradient at the token, others in the row buffers, padding included
-    b_out = tl.where(is_shared, b_token, i_c.to(tl.int64) * C + o_c) * H + i_h
-    m_out = m_row | (i_seg >= n_shared)
-    b_a = tl.load(k_scale + i_ch * C + o_c)
-    b_c = tl.load(q_scale + i_ch * C + o_c)
+    # rows of a shared segment are the tokens'; the sparse rows' buffers begin behind them
+    b_out = (b_row - tl.where(is_shared, 0, n_shared_rows)) * H + i_h
+    b_a = load_scalars(k_scale, b_at, m_row)
+    b_c = load_scalars(q_scale, b_at, m_row)
 
     b_dA = tl.zeros((C, C), tl.float32)
     b_qx = tl.zeros((C,), tl.float32)
@@ -180,11 +191,12 @@ def gla_gradients_kernel(
             o_v = i_v * BV + tl.arange(0, BV)
             b_do = load_rows(do, b_head, m_row, o_v, V, BV)  # [C, BV]
             b_v = load_rows(v, b_head, m_row, o_v, V, BV)  # [C, BV]
-            b_h = load_state(h, i_ch, o_k, o_v, K, V)  # [BK, BV]
-            b_dh = load_state(dh, i_ch, o_k, o_v, K, V)  # [BK, BV]
+            b_h32 = state_beside(h, initial_state, i_before, i_state, i_h, o_k, o_v, H, K, V, HAS_INITIAL)  # [BK, BV]
+            b_dh32 = state_beside(dh, d_final_state, i_after, i_state, i_h, o_k, o_v, H, K, V, HAS_FINAL)  # [BK, BV]
+            b_h, b_dh = b_h32.to(h.dtype.element_ty), b_dh32.to(dh.dtype.element_ty)
             b_xq += tl.dot(b_do.to(b_h.dtype), tl.trans(b_h), input_precision=PRECISION)
             b_xk += tl.dot(b_v.to(b_h.dtype), tl.trans(b_dh), input_precision=PRECISION)
-            b_hdh += tl.sum(b_h.to(tl.float32) * b_dh.to(tl.float32), 1)
+            b_hdh += tl.sum(b_h32 * b_dh32, 1)
         b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_high, b_low = gate_parts(p_g, b_head, m_write, o_k, K, BK)  # [C, BK]
@@ -192,7 +204,7 @@ def gla_gradients_kernel(
         b_xk *= tl.exp(gates_after(b_high, b_low, C))
         b_y = b_xk * (b_k * b_a[:, None])
         b_end = tl.sum(b_y, 0) + tl.exp(gates_in_all(b_high, b_low)) * b_hdh
-        b_db = b_xq * (b_q * b_c[:, None]) - b_y + tl.where(o_c[:, None] == C - 1, b_end[None, :], 0.0)
+        b_db = b_xq * (b_q * b_c[:, None]) - b_y + tl.where(o_c[:, None] == n_rows - 1, b_end[None, :], 0.0)
         i_first = 0
         if MIDPOINT:
             b_x = half_exponent(b_high, b_low, MIDPOINT_LEVELS - 1, C)
@@ -206,9 +218,9 @@ def gla_gradients_kernel(
             )
         b_dg = tl.where(m_write[:, None], tl.cumsum(b_db, 0, reverse=True), 0.0)
         if is_shared:
-            store_rows(d_shared_g, b_dg, b_out, m_out, o_k, K, BK)
+            store_rows(d_shared_g, b_dg, b_out, m_row, o_k, K, BK)
         else:
-            store_rows(dg_rows, b_dg, b_out, m_out, o_k, K, BK)
+            store_rows(dg_rows, b_dg, b_out, m_row, o_k, K, BK)
 
         b_q32, b_k32 = b_q.to(tl.float32), b_k.to(tl.float32)
         b_xq += (b_own * b_a)[:, None] * b_k32
@@ -219,14 +231,14 @@ def gla_gradients_kernel(
             b_qq += tl.sum(b_q32 * b_q32, 1)
             b_kk += tl.sum(b_k32 * b_k32, 1)
         if NORM == "none" or NK > 1:  # with a norm the rows are finished when all of K is known
-            store_rows(p_dq, b_c[:, None] * b_xq, b_out, m_out, o_k, K, BK)
-            store_rows(p_dk, b_a[:, None] * b_xk, b_out, m_out, o_k, K, BK)
+            store_rows(p_dq, b_c[:, None] * b_xq, b_out, m_row, o_k, K, BK)
+            store_rows(p_dk, b_a[:, None] * b_xk, b_out, m_row, o_k, K, BK)
         else:
             b_e = tl.load(weights + b_slot, mask=m_row, other=0.0)
             b_q_part, _ = norm_terms(b_qx, b_qq, b_e, NORM)
             b_k_part, _ = norm_terms(b_kx, b_kk, b_e, NORM)
-            store_rows(p_dq, b_c[:, None] * (b_xq - b_q_part[:, None] * b_q32), b_out, m_out, o_k, K, BK)
-            store_rows(p_dk, b_a[:, None] * (b_xk - b_k_part[:, None] * b_k32), b_out, m_out, o_k, K, BK)
+            store_rows(p_dq, b_c[:, None] * (b_xq - b_q_part[:, None] * b_q32), b_out, m_row, o_k, K, BK)
+            store_rows(p_dk, b_a[:, None] * (b_xk - b_k_part[:, None] * b_k32), b_out, m_row, o_k, K, BK)
 
     b_e = tl.load(weights + b_slot, mask=m_row, other=0.0)
     b_q_part, b_q_de = norm_terms(b_qx, b_qq, b_e, NORM)
@@ -237,18 +249,19 @@ def gla_gradients_kernel(
             o_k = i_k * BK + tl.arange(0, BK)
             b_q = load_rows(p_q, b_head, m_row, o_k, K, BK).to(tl.float32)
             b_k = load_rows(p_k, b_head, m_row, o_k, K, BK).to(tl.float32)
-            b_dq = load_rows(p_dq, b_out, m_out, o_k, K, BK).to(tl.float32) - (b_c * b_q_part)[:, None] * b_q
-            b_dk = load_rows(p_dk, b_out, m_out, o_k, K, BK).to(tl.float32) - (b_a * b_k_part)[:, None] * b_k
-            store_rows(p_dq, b_dq, b_out, m_out, o_k, K, BK)
-            store_rows(p_dk, b_dk, b_out, m_out, o_k, K, BK)
+            b_dq = load_rows(p_dq, b_out, m_row, o_k, K, BK).to(tl.float32) - (b_c * b_q_part)[:, None] * b_q
+            b_dk = load_rows(p_dk, b_out, m_row, o_k, K, BK).to(tl.float32) - (b_a * b_k_part)[:, None] * b_k
+            store_rows(p_dq, b_dq, b_out, m_row, o_k, K, BK)
+            store_rows(p_dk, b_dk, b_out, m_row, o_k, K, BK)
     if not is_shared:
         b_de = tl.where(m_read, b_q_de * scale, 0.0) + tl.where(m_write, b_k_de, 0.0)
-        tl.store(de_rows + i_ch * C + o_c, b_de)
+        o_out = i_h.to(tl.int64) * (M - n_shared_rows) - n_shared_rows
+        tl.store(de_rows + o_out + b_row, b_de, mask=m_row)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     problem = call.sizes.problem
-    names = ("v", "do", "k_scale", "q_scale", "h", "dh", "chunk_segment", "dq_rows", "dk_rows", "dg_rows", "de_rows")
+    names = ("v", "do", "k_scale", "q_scale", "h", "dh", "de_rows")
     call.launch(
         gla_gradients_kernel,
         (call.sizes.chunks * problem.num_heads,),
@@ -257,8 +270,12 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **common.row_arguments(call, tensors),
             **gla_common.split_arguments(call),
             **{name: tensors[name] for name in names},
-            **common.shared_gradients(tensors, "q", "k", "g"),
+            **common.gradient_arguments(call, tensors, "q", "k", "g"),
+            **common.end_states(tensors, "initial_state", "d_final_state"),
             scale=call.scale,
+            n_sequences=problem.sequences,
+            PARTITIONS=problem.partitions,
+            HAS_SHARED=problem.shared,
             V=problem.value_dim,
             BK=int(call.config["block_k"]),
             BV=int(call.config["block_v"]),

@@ -1,6 +1,6 @@
 """GLA prepare: the in-chunk scores of every chunk and head, and the row scales of k and q.
 
-    A_ij = c_i a_j Σ_d q_id k_jd e^(b_id - b_jd),   j <= i
+    P_ij = c_i a_j Σ_d q_id k_jd e^(b_id - b_jd),   j <= i
 
 with b the in-chunk sum of log-gates; the pairs i > j are taken by halves (gla_common). One block per chunk and head
 walks over K.
@@ -18,7 +18,7 @@ from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
-from sse_tune.templates.triton.common import chunk_rows, key_tile, load_rows, row_scale
+from sse_tune.templates.triton.common import chunk_entry, chunk_rows, key_tile, load_rows, row_scale, store_rows
 from sse_tune.templates.triton.gla_common import (
     MIDPOINT_LEVELS,
     MIDPOINT_NATS,
@@ -66,27 +66,26 @@ SPACE = Space(
 
 @triton.jit
 def gla_prepare_kernel(
-    q, k, g, shared_q, shared_k, shared_g, A, k_scale, q_scale, perm, weights, chunk_segment, scale, n_shared,
+    q, k, g, shared_q, shared_k, shared_g, P, k_scale, q_scale, perm, weights, chunk_table, scale, M, n_shared,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     BK: tl.constexpr, MIDPOINT: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(0) % H
-    i_c = tl.program_id(0) // H
-    i_seg = tl.load(chunk_segment + i_c)
+    i_seg, first_row, n_rows, _, _ = chunk_entry(chunk_table, tl.program_id(0) // H)
     if i_seg < 0:
         return
     p_q = tl.where(i_seg < n_shared, shared_q, q)
     p_k = tl.where(i_seg < n_shared, shared_k, k)
     p_g = tl.where(i_seg < n_shared, shared_g, g)
     o_c = tl.arange(0, C)
-    b_slot, b_token, b_lane, m_row = chunk_rows(perm, i_c, C, L)
+    b_row, b_slot, b_token, b_lane, m_row = chunk_rows(perm, first_row, n_rows, C, L)
     b_head = b_token * H + i_h
-    i_ch = i_c.to(tl.int64) * H + i_h
+    b_at = i_h.to(tl.int64) * M + b_row
     m_write = m_row & (b_lane < WRITERS)
     m_read = m_row & (b_lane < READERS)
 
-    b_A = tl.zeros((C, C), tl.float32)
+    b_P = tl.zeros((C, C), tl.float32)
     b_own = tl.zeros((C,), tl.float32)  # scores of pairs i = j
     b_qq = tl.zeros((C,), tl.float32)
     b_kk = tl.zeros((C,), tl.float32)
@@ -110,23 +109,23 @@ def gla_prepare_kernel(
                 b_qe = wide_operand(b_q32 * tl.exp(b_x), b_q.dtype)
                 b_ke = wide_operand(b_k32 * tl.exp(-b_x), b_q.dtype)
                 m_block = (o_c >> MIDPOINT_LEVELS)[:, None] == (o_c >> MIDPOINT_LEVELS)[None, :]
-                b_A += tl.where(m_block, tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION), 0.0)
+                b_P += tl.where(m_block, tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION), 0.0)
         for i_half in range(i_first, LEVELS):
             # entries above the diagonal are wrong; the mask at the end drops them
             b_e = tl.exp(half_exponent(b_high, b_low, i_half, C))
             b_qe = (b_q * b_e).to(b_q.dtype)
             b_ke = (b_k * b_e).to(b_k.dtype)
             b_level = tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION)
-            b_A += tl.where(half_pairs(i_half, C), b_level, 0.0)
+            b_P += tl.where(half_pairs(i_half, C), b_level, 0.0)
 
     b_e = tl.load(weights + b_slot, mask=m_row, other=0.0)
     b_a = tl.where(m_write, row_scale(b_kk, b_e, NORM), 0.0)
     b_c = tl.where(m_read, row_scale(b_qq, b_e, NORM), 0.0) * scale
-    tl.store(k_scale + i_ch * C + o_c, b_a)
-    tl.store(q_scale + i_ch * C + o_c, b_c)
-    b_A = tl.where(o_c[:, None] > o_c[None, :], b_A, 0.0)
-    b_A = tl.where(o_c[:, None] == o_c[None, :], b_own[:, None], b_A) * b_c[:, None] * b_a[None, :]
-    tl.store(A + i_ch * (C * C) + o_c[:, None] * C + o_c[None, :], b_A.to(A.dtype.element_ty))
+    tl.store(k_scale + b_at, b_a, mask=m_row)
+    tl.store(q_scale + b_at, b_c, mask=m_row)
+    b_P = tl.where(o_c[:, None] > o_c[None, :], b_P, 0.0)
+    b_P = tl.where(o_c[:, None] == o_c[None, :], b_own[:, None], b_P) * b_c[:, None] * b_a[None, :]
+    store_rows(P, b_P, b_at, m_row, o_c, C, C)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -138,7 +137,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **common.streams(tensors, "q", "k", "g"),
             **common.row_arguments(call, tensors),
             **gla_common.split_arguments(call),
-            **{name: tensors[name] for name in ("A", "k_scale", "q_scale", "chunk_segment")},
+            **{name: tensors[name] for name in ("P", "k_scale", "q_scale", "chunk_table")},
             scale=call.scale,
             BK=int(call.config["block_k"]),
         ),

@@ -1,6 +1,6 @@
-"""GLA recompute: the state before every chunk, which the forward pass does not keep.
+"""GLA recompute: the state at each boundary, which the forward pass does not keep.
 
-    h_c = S,   then   S <- e^(b_C) S + (a K e^(b_C - b))ᵀ V
+    S <- e^(b_C) S + (a K e^(b_C - b))ᵀ V
 
 A block keeps block_v columns of one head's state in registers and walks its segment.
 """
@@ -16,7 +16,7 @@ import triton.language as tl
 from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_common
-from sse_tune.templates.triton.common import chunk_rows, key_tile, load_rows, load_state, state_index, store_state
+from sse_tune.templates.triton.common import chunk_rows, load_rows, load_scalars, load_state, store_state, walk_block
 from sse_tune.templates.triton.gla_common import walk_gates
 
 if TYPE_CHECKING:
@@ -34,64 +34,52 @@ SPACE = Space(
 
 @triton.jit
 def gla_recompute_kernel(
-    k, v, g, shared_k, shared_g, k_scale, perm, segment_chunks, initial_state, h, n_shared, n_sequences,
-    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, P: tl.constexpr,
-    WRITERS: tl.constexpr, PRECISION: tl.constexpr, HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr,
+    k, v, g, shared_k, shared_g, k_scale, perm, weights, segment_rows, segment_boundaries, initial_state, final_state,
+    h, M, n_shared, n_sequences,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
+    WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v = tl.program_id(0) % NV
-    i_h = (tl.program_id(0) // NV) % H
-    i_seg = tl.program_id(0) // (NV * H)
+    i_v, i_h, i_seg, first_row, n_left, first_boundary, i_state = walk_block(
+        segment_rows, segment_boundaries, n_sequences, H, PARTITIONS, HAS_SHARED, NV
+    )
     p_k = tl.where(i_seg < n_shared, shared_k, k)
     p_g = tl.where(i_seg < n_shared, shared_g, g)
-    o_c = tl.arange(0, C)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
 
     b_state = tl.zeros((BK, BV), tl.float32)
     if HAS_INITIAL:
-        i_state = state_index(i_seg, n_sequences, P, HAS_SHARED).to(tl.int64) * H + i_h
-        b_state = load_state(initial_state, i_state, o_k, o_v, K, V)
-    i_first = tl.load(segment_chunks + i_seg)
-    for i in range(tl.load(segment_chunks + i_seg + 1) - i_first):
-        i_c = i_first + i
-        b_slot, b_token, b_lane, m_row = chunk_rows(perm, i_c, C, L)
+            b_state = load_state(initial_state, i_state, o_k, o_v, True, K, V)
+    # the state after the last chunk is no boundary
+    for i in range(tl.cdiv(n_left, C) - 1):
+        n_rows = tl.minimum(n_left - i * C, C)
+        b_row, b_slot, b_token, b_lane, m_row = chunk_rows(perm, first_row + i * C, n_rows, C, L)
         b_head = b_token * H + i_h
-        i_ch = i_c.to(tl.int64) * H + i_h
-        store_state(h, b_state, i_ch, o_k, o_v, K, V)
+        b_at = i_h.to(tl.int64) * M + b_row
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
         b_v = load_rows(v, b_head, m_row, o_v, V, BV)  # [C, BV]
         m_write = m_row & (b_lane < WRITERS)
         _, b_rest, b_end = walk_gates(p_g, b_head, m_write, o_k, C, K, BK, EXACT)
-        b_a = tl.load(k_scale + i_ch * C + o_c)
+        b_a = load_scalars(k_scale, b_at, m_row)
         b_ke = (b_k * (b_a[:, None] * tl.exp(b_rest))).to(b_k.dtype)
         b_state *= tl.exp(b_end)[:, None]
         b_state += tl.dot(tl.trans(b_ke), b_v, input_precision=PRECISION)
+        store_state(h, b_state, tl.cast(first_boundary + i, tl.int64) * H + i_h, o_k, o_v, True, K, V)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
-    problem = call.sizes.problem
-    block_v = int(call.config["block_v"])
-    blocks = triton.cdiv(problem.value_dim, block_v)
-    rows, states = common.row_arguments(call, tensors), common.state_arguments(call, tensors)
-    call.launch(
-        gla_recompute_kernel,
-        (call.sizes.segments * problem.num_heads * blocks,),
-        dict(
-            **common.streams(tensors, "k", "g"),
-            **{name: rows[name] for name in ("perm", "n_shared", "H", "K", "C", "L", "WRITERS", "PRECISION")},
-            **{name: states[name] for name in
-               ("segment_chunks", "initial_state", "n_sequences", "P", "HAS_SHARED", "HAS_INITIAL")},
-            **{name: tensors[name] for name in ("v", "k_scale", "h")},
-            V=problem.value_dim,
-            BK=key_tile(problem),
-            BV=block_v,
-            EXACT=problem.dtype == "fp32",
-        ),
-        num_warps=int(call.config["num_warps"]),
-        num_stages=int(call.config["num_stages"]),
+    arguments = dict(
+        **common.streams(tensors, "k", "g"),
+        **common.row_arguments(call, tensors),
+        **common.segment_arguments(call, tensors),
+        **common.end_states(tensors, "initial_state", "final_state"),
+        **{name: tensors[name] for name in ("v", "k_scale", "h")},
+        EXACT=call.sizes.problem.dtype == "fp32",
     )
+    common.launch_walk(call, gla_recompute_kernel, arguments)
 
 
 TEMPLATE = Template(

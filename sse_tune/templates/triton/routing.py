@@ -3,6 +3,8 @@
     e = softmax(logits) in fp32;  slots = the largest logits, ties to the lowest partition
     row of a slot = first row of its segment + how many earlier tokens of its sequence chose the same partition
 
+Segments follow one another without padding; each is cut into chunks of C rows, which the chunk table lists.
+
 The rank is a count, prefix[t, p] - prefix[start of the sequence, p], so it is stable in time and needs N counters, not
 S·N, and no atomics. Nothing here looks at the data from the host: all sizes are static bounds. Infinite logits count
 as the largest finite ones; NaN logits as the smallest for the choice, and their weights are NaN.
@@ -134,43 +136,55 @@ def sequence_starts_kernel(
 
 
 @triton.jit
-def segment_chunks_kernel(
-    cu_seqlens, starts, segment_chunks, n_shared, n_segments,
+def segments_kernel(
+    cu_seqlens, starts, segment_rows, segment_chunks, segment_boundaries, n_shared, n_segments,
     N: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """First chunk of each segment: the exclusive sum of ceil(length / C), shared segments first."""
-    total = 0
+    """First row, chunk and boundary of each segment: exclusive sums of its rows, ceil(rows / C), and one less than
+    that, shared segments first."""
+    n_rows = 0
+    n_chunks = 0
+    n_boundaries = 0
     for i in range(0, tl.cdiv(n_segments, BLOCK)):
         o_g = i * BLOCK + tl.arange(0, BLOCK)
+        m_g = o_g < n_segments
         m_shared = o_g < n_shared
-        b_length = tl.load(cu_seqlens + o_g + 1, mask=m_shared, other=0).to(tl.int32)
-        b_length -= tl.load(cu_seqlens + o_g, mask=m_shared, other=0).to(tl.int32)
+        b_rows = tl.load(cu_seqlens + o_g + 1, mask=m_shared, other=0).to(tl.int32)
+        b_rows -= tl.load(cu_seqlens + o_g, mask=m_shared, other=0).to(tl.int32)
         if N > 0:
-            m_sparse = (o_g >= n_shared) & (o_g < n_segments)
+            m_sparse = (o_g >= n_shared) & m_g
             o_sparse = tl.where(m_sparse, o_g - n_shared, 0).to(tl.int64)  # s * N + p
-            b_length += tl.load(starts + o_sparse + N, mask=m_sparse, other=0)
-            b_length -= tl.load(starts + o_sparse, mask=m_sparse, other=0)
-        b_chunks = (b_length + C - 1) // C
-        tl.store(segment_chunks + o_g, total + tl.cumsum(b_chunks, 0) - b_chunks, mask=o_g < n_segments)
-        total += tl.sum(b_chunks, 0)
-    tl.store(segment_chunks + n_segments, total)
+            b_rows += tl.load(starts + o_sparse + N, mask=m_sparse, other=0)
+            b_rows -= tl.load(starts + o_sparse, mask=m_sparse, other=0)
+        b_chunks = (b_rows + C - 1) // C
+        b_boundaries = tl.maximum(b_chunks - 1, 0)
+        tl.store(segment_rows + o_g, n_rows + tl.cumsum(b_rows, 0) - b_rows, mask=m_g)
+        tl.store(segment_chunks + o_g, n_chunks + tl.cumsum(b_chunks, 0) - b_chunks, mask=m_g)
+        tl.store(segment_boundaries + o_g, n_boundaries + tl.cumsum(b_boundaries, 0) - b_boundaries, mask=m_g)
+        n_rows += tl.sum(b_rows, 0)
+        n_chunks += tl.sum(b_chunks, 0)
+        n_boundaries += tl.sum(b_boundaries, 0)
+    tl.store(segment_rows + n_segments, n_rows)
+    tl.store(segment_chunks + n_segments, n_chunks)
+    tl.store(segment_boundaries + n_segments, n_boundaries)
 
 
 @triton.jit
-def clear_kernel(perm, chunk_segment, n_chunks, C: tl.constexpr):
-    """Marks every row as padding and every chunk as surplus, until a slot claims it."""
-    i_c = tl.program_id(0)
-    tl.store(perm + i_c.to(tl.int64) * C + tl.arange(0, C), tl.full((C,), -1, tl.int32))
-    tl.store(chunk_segment + i_c, -1)
+def surplus_kernel(segment_chunks, chunk_table, n_segments, n_chunks, BLOCK: tl.constexpr):
+    """Marks the chunks that no segment has."""
+    o_c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    m_surplus = (o_c >= tl.load(segment_chunks + n_segments)) & (o_c < n_chunks)
+    tl.store(chunk_table + o_c.to(tl.int64) * 5, tl.full((BLOCK,), -1, tl.int32), mask=m_surplus)
 
 
 @triton.jit
 def place_kernel(
-    chosen, rank, block_counts, starts, segment_chunks, cu_seqlens, perm, inv, chunk_segment, R, n_sequences, n_shared,
+    chosen, rank, block_counts, starts, segment_rows, segment_chunks, segment_boundaries, cu_seqlens, perm, inv,
+    chunk_table, R, n_sequences, n_shared,
     N: tl.constexpr, C: tl.constexpr, L: tl.constexpr, HAS_SHARED: tl.constexpr, BT: tl.constexpr,
     STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Gives each slot its row; the first row of a chunk names the chunk's segment."""
+    """Gives each slot its row; the first row of a chunk enters the chunk in the table."""
     i_t = tl.program_id(0)
     o_t = i_t * BT + tl.arange(0, BT)
     m_t = o_t < R
@@ -193,10 +207,20 @@ def place_kernel(
             b_rank = tl.load(rank + o_slot, mask=m_t, other=0)
             b_rank += tl.load(block_counts + i_t.to(tl.int64) * N + b_p, mask=m_t, other=0)
             b_rank -= tl.load(starts + b_s.to(tl.int64) * N + b_p, mask=m_t, other=0)
-        b_row = tl.load(segment_chunks + b_segment, mask=m_t, other=0) * C + b_rank
+        b_first = tl.load(segment_rows + b_segment, mask=m_t, other=0)
+        b_row = b_first + b_rank
         tl.store(inv + o_slot, b_row, mask=m_t)
         tl.store(perm + b_row, o_slot.to(tl.int32), mask=m_t)
-        tl.store(chunk_segment + b_row // C, b_segment, mask=m_t & (b_rank % C == 0))
+        m_head = m_t & (b_rank % C == 0)
+        b_left = tl.load(segment_rows + b_segment + 1, mask=m_head, other=0) - b_row
+        b_boundary = tl.load(segment_boundaries + b_segment, mask=m_head, other=0) + b_rank // C
+        b_chunk = tl.load(segment_chunks + b_segment, mask=m_head, other=0) + b_rank // C
+        p_entry = chunk_table + b_chunk.to(tl.int64) * 5
+        tl.store(p_entry, b_segment, mask=m_head)
+        tl.store(p_entry + 1, b_row, mask=m_head)
+        tl.store(p_entry + 2, tl.minimum(b_left, C), mask=m_head)
+        tl.store(p_entry + 3, tl.where(b_rank > 0, b_boundary - 1, -1), mask=m_head)
+        tl.store(p_entry + 4, tl.where(b_left > C, b_boundary, -1), mask=m_head)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -210,6 +234,8 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     block_counts = chosen.new_empty(((blocks + 1) * partitions) or 1)
     starts = chosen.new_empty(((sequences + 1) * partitions) or 1)
     rank = chosen.new_empty(chosen.shape if partitions else (1,))
+    tables = {name: tensors[name] for name in ("segment_rows", "segment_boundaries")}
+    tables["segment_chunks"] = chosen.new_empty(sizes.segments + 1)
     columns = dict(N=partitions, BN=triton.next_power_of_2(max(partitions, 2)))
     lanes = dict(L=problem.lanes, HAS_SHARED=shared, BT=block_t)
 
@@ -231,22 +257,23 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             num_warps=1, num_stages=1,
         )  # fmt: skip
     call.launch(
-        segment_chunks_kernel, (1,),
-        dict(cu_seqlens=cu_seqlens, starts=starts, segment_chunks=tensors["segment_chunks"], n_shared=n_shared,
-             n_segments=sizes.segments, N=partitions, C=sizes.chunk_size, BLOCK=SCAN_TILE),
+        segments_kernel, (1,),
+        dict(cu_seqlens=cu_seqlens, starts=starts, **tables, n_shared=n_shared, n_segments=sizes.segments,
+             N=partitions, C=sizes.chunk_size, BLOCK=SCAN_TILE),
         num_warps=4, num_stages=1,
     )  # fmt: skip
     call.launch(
-        clear_kernel, (sizes.chunks,),
-        dict(perm=tensors["perm"], chunk_segment=tensors["chunk_segment"], n_chunks=sizes.chunks, C=sizes.chunk_size),
-        num_warps=1, num_stages=1,
+        surplus_kernel, (triton.cdiv(sizes.chunks, SCAN_TILE),),
+        dict(segment_chunks=tables["segment_chunks"], chunk_table=tensors["chunk_table"], n_segments=sizes.segments,
+             n_chunks=sizes.chunks, BLOCK=SCAN_TILE),
+        num_warps=4, num_stages=1,
     )  # fmt: skip
     call.launch(
         place_kernel, (blocks,),
-        dict(chosen=chosen, rank=rank, block_counts=block_counts, starts=starts,
-             segment_chunks=tensors["segment_chunks"], cu_seqlens=cu_seqlens, perm=tensors["perm"], inv=tensors["inv"],
-             chunk_segment=tensors["chunk_segment"], R=sizes.tokens, n_sequences=sequences, n_shared=n_shared,
-             N=partitions, C=sizes.chunk_size, STEPS=max(1, sequences.bit_length()), **lanes),
+        dict(chosen=chosen, rank=rank, block_counts=block_counts, starts=starts, **tables, cu_seqlens=cu_seqlens,
+             perm=tensors["perm"], inv=tensors["inv"], chunk_table=tensors["chunk_table"], R=sizes.tokens,
+             n_sequences=sequences, n_shared=n_shared, N=partitions, C=sizes.chunk_size,
+             STEPS=max(1, sequences.bit_length()), **lanes),
         num_warps=warps, num_stages=1,
     )  # fmt: skip
 
