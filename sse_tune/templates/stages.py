@@ -106,6 +106,10 @@ def _states(s: Sizes) -> tuple[int, ...]:
     return (s.boundaries, s.problem.num_heads, s.problem.key_dim, s.problem.value_dim)
 
 
+def _state_products(s: Sizes) -> tuple[int, ...]:
+    return (-(-s.problem.value_dim // 64), s.problem.num_heads, s.chunks, s.problem.key_dim)
+
+
 # gradients of the sparse rows only: the shared ones go to their tokens at once. One row stands in where there is none
 def _sparse_scalars(s: Sizes) -> tuple[int, ...]:
     return (s.problem.num_heads, max(1, s.sparse_rows))
@@ -130,6 +134,7 @@ BUFFERS: dict[str, Buffer] = {
         Buffer("perm", "int32", lambda s: (s.rows,), "slot of each row"),
         Buffer("inv", "int32", lambda s: (s.tokens, s.problem.lanes), "row of each slot"),
         Buffer("segment_rows", "int32", lambda s: (s.segments + 1,), "first row of each segment"),
+        Buffer("segment_chunks", "int32", lambda s: (s.segments + 1,), "first chunk of each segment"),
         Buffer("segment_boundaries", "int32", lambda s: (s.segments + 1,), "first boundary of each segment"),
         Buffer("chunk_table", "int32", lambda s: (s.chunks, CHUNK_COLUMNS), "where each chunk lies"),
         # forward
@@ -144,6 +149,7 @@ BUFFERS: dict[str, Buffer] = {
         Buffer("h", "state", _states, "state at each boundary"),
         Buffer("w", "io", _values, "GDN: W, the values less what the state knows of them"),
         Buffer("dh", "state", _states, "gradient of the state at each boundary"),
+        Buffer("h_dh", "fp32", _state_products, "GDN: <h, dh> of each chunk by key, in parts of 64 columns of V"),
         Buffer("dv_new", "io", _values, "GDN: gradient of V'"),
         Buffer("dv_rows", "io", _value_rows, "gradient of v, each row's part; GDN: that of W too"),
         Buffer("dp", "io", _tiles, "GDN: G∘dP, of the scores before their scales"),
@@ -216,7 +222,10 @@ def stages_of(problem: Problem) -> tuple[Stage, ...]:
         Stage(
             "routing",
             ("router_logits", "cu_seqlens"),
-            ("weights", "chosen", "perm", "inv", "segment_rows", "segment_boundaries", "chunk_table"),
+            (
+                "weights", "chosen", "perm", "inv", "segment_rows", "segment_chunks", "segment_boundaries",
+                "chunk_table",
+            ),
             _no_flops,
         ),
         Stage(
@@ -248,8 +257,9 @@ def stages_of(problem: Problem) -> tuple[Stage, ...]:
         ),
         Stage(
             "state_gradient",
-            (*_WALK, "q", "k", "do", "P", *solved, *scales, "d_final_state"),
-            ("dh", "dv_rows", "d_initial_state", *(("dv_new",) if gdn else ())),
+            (*_WALK, "q", "k", "do", "P", *solved, *scales, "d_final_state")
+            + (("segment_chunks", "h", *initial) if gdn else ()),
+            ("dh", "dv_rows", "d_initial_state", *(("dv_new", "h_dh") if gdn else ())),
             (lambda p, c: 6 * key_value(p) + 4 * c * p.value_dim)
             if gdn
             else (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim),
@@ -259,7 +269,7 @@ def stages_of(problem: Problem) -> tuple[Stage, ...]:
         Stage(
             "gradients",
             (*_CHUNK, "q", "k", "do", *scales, "h", "dh", *initial, "d_final_state")
-            + (("Ag", "w", "dv_rows", "dp", "dn", "db") if gdn else ("v",)),
+            + (("Ag", "w", "dv_rows", "dp", "dn", "db", "h_dh") if gdn else ("v",)),
             (*_ROW_GRADIENTS, *_shared_gradients(problem, ("q", "k", "g"))),
             (lambda p, c: 6 * key_value(p) + 2 * c * p.value_dim + 6 * c * p.key_dim)
             if gdn

@@ -51,7 +51,7 @@ class Fakes:
         getattr(self, f"_{name}", lambda call, tensors: None)(call, tensors)
 
     def _routing(self, call, tensors):
-        for name in ("weights", "chosen", "perm", "inv", "segment_rows", "segment_boundaries", "chunk_table"):
+        for name in stages_of(call.sizes.problem)[0].writes:
             tensors[name].zero_()
 
     def _scan(self, call, tensors):

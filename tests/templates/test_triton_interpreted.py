@@ -405,8 +405,8 @@ SPOILED = {
     "inv": "routing",
 }  # fmt: skip
 SPOILED_OF_GDN = {
-    "A": "prepare", "Ag": "prepare", "w": "recompute", "dv_new": "state_gradient", "dp": "score_gradients",
-    "dn": "score_gradients", "db": "score_gradients", "dbeta_rows": "score_gradients",
+    "A": "prepare", "Ag": "prepare", "w": "recompute", "dv_new": "state_gradient", "h_dh": "state_gradient",
+    "dp": "score_gradients", "dn": "score_gradients", "db": "score_gradients", "dbeta_rows": "score_gradients",
 }  # fmt: skip
 
 
@@ -429,6 +429,8 @@ def test_a_broken_kernel_turns_the_check_red(rule, buffer, poisoned_empty, monke
         rows = range(sizes.shared_rows, min(sizes.shared_rows + sizes.chunk_size, sizes.rows))  # a sparse chunk
         if buffer in ("h", "dh"):
             spoiled[0].mul_(1.01)
+        elif buffer == "h_dh":
+            spoiled.mul_(1.1)
         elif sizes.rows in spoiled.shape:
             spoiled.index_copy_(spoiled.shape.index(sizes.rows), torch.tensor(rows), 1.01 * spoiled.index_select(
                 spoiled.shape.index(sizes.rows), torch.tensor(rows)))

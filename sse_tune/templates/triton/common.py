@@ -53,6 +53,12 @@ FP32_ON_BLACKWELL = Constraint(
 )
 
 
+# tf32 keeps ten bits, bf16x3 sixteen: on nearly parallel keys the inverse loses what is left of them
+FP32_SOLVE = Constraint(
+    "fp32 needs an fp32 solve", lambda p, c, d: p.dtype != "fp32" or c["solve_precision"] == "tf32x3"
+)
+
+
 def dot_precision(problem: Problem) -> str:
     """`input_precision` of the dots: fp32 operands keep fp32 accuracy in three tf32 products."""
     return "tf32x3" if problem.dtype == "fp32" else "tf32"
@@ -106,12 +112,11 @@ def launch_walk(call: Call, kernel: Any, arguments: dict[str, Any]) -> None:
     )
 
 
-def end_states(tensors: Mapping[str, torch.Tensor], first: str, last: str) -> dict[str, Any]:
-    """The states at a segment's two ends, which a call may be without."""
+def end_states(tensors: Mapping[str, torch.Tensor], first: str, last: str, *others: str) -> dict[str, Any]:
+    """The states at a segment's two ends, which a call may be without, and what there is beside them."""
     stand_in = tensors["weights"]  # never read: a pointer must be some tensor's
     return {
-        first: tensors.get(first, stand_in),
-        last: tensors.get(last, stand_in),
+        **{name: tensors.get(name, stand_in) for name in (first, last, *others)},
         "HAS_INITIAL": first in tensors,
         "HAS_FINAL": last in tensors,
     }
@@ -278,12 +283,12 @@ def state_beside(
     at_boundaries, at_end, i_boundary, i_state, i_h, o_k, o_v,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, HAS_END: tl.constexpr,
 ):  # fmt: skip
-    """The state on one side of a chunk: that of a boundary, or at the segment's end the call's own, or 0; fp32."""
+    """The state on one side of a chunk: that of a boundary, or at the segment's end the call's own, or 0."""
     m_inside = i_boundary >= 0
     i_inside = tl.where(m_inside, i_boundary, 0).to(tl.int64) * H + i_h
-    b_state = load_state(at_boundaries, i_inside, o_k, o_v, m_inside, K, V).to(tl.float32)
+    b_state = load_state(at_boundaries, i_inside, o_k, o_v, m_inside, K, V)
     if HAS_END:
-        b_state += load_state(at_end, i_state, o_k, o_v, i_boundary < 0, K, V)
+        b_state += load_state(at_end, i_state, o_k, o_v, i_boundary < 0, K, V).to(b_state.dtype)
     return b_state
 
 
@@ -313,3 +318,25 @@ def log_gate(b_g, m_write):
     """The log-gate of rows that write, 0 for the others. Below -128 e^g is 0 in fp32 either way, and a bounded
     gate keeps the digits of the sums it enters."""
     return tl.where(m_write, tl.maximum(b_g.to(tl.float32), -128.0), 0.0)
+
+
+@triton.jit
+def dot_bf16x3(b_x, b_y):
+    """The product of two fp32 tiles in three of their bf16 halves: sixteen bits of each. Written out, since Triton 3.6
+    takes its own "bf16x3" apart in a layout that holds whole columns in every thread."""
+    b_x_high = b_x.to(tl.bfloat16)
+    b_y_high = b_y.to(tl.bfloat16)
+    b_x_low = (b_x - b_x_high.to(tl.float32)).to(tl.bfloat16)
+    b_y_low = (b_y - b_y_high.to(tl.float32)).to(tl.bfloat16)
+    b_sum = tl.dot(b_x_low, b_y_high)
+    b_sum = tl.dot(b_x_high, b_y_low, b_sum)
+    return tl.dot(b_x_high, b_y_high, b_sum)
+
+
+@triton.jit
+def dot_fp32(b_x, b_y, PRECISION: tl.constexpr):
+    """The product of two fp32 tiles to "bf16x3", "tf32x3" or "tf32"."""
+    if PRECISION == "bf16x3":
+        return dot_bf16x3(b_x, b_y)
+    else:
+        return tl.dot(b_x, b_y, input_precision=PRECISION)

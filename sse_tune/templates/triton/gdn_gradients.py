@@ -43,12 +43,12 @@ if TYPE_CHECKING:
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
-    """h, dh, do, w and dW in flight; the operands made of them, or those of the rows at the end."""
+    """h, do and dW in flight; the operands made of them, or those of the rows at the end."""
     c, bk, bv = int(config["chunk_size"]), key_tile(problem), int(config["block_v"])
     item = common.item_bytes(problem)
     state = 4 if config["state_dtype"] == "fp32" else item
-    flight = int(config["num_stages"]) * (2 * state * bk * bv + 3 * item * c * bv)
-    operands = 2 * item * bk * bv + 3 * item * c * bv
+    flight = int(config["num_stages"]) * (state * bk * bv + 2 * item * c * bv)
+    operands = item * bk * bv + 3 * item * c * bv
     return max(flight + operands, item * (3 * c * bk + 2 * c * c)) + 8192
 
 
@@ -56,20 +56,19 @@ SPACE = Space(
     params=(
         Param("block_v", (64, 128), 64, "columns of V taken at a time"),
         Param("num_warps", (4, 8), 8, "warps per block"),
-        Param("num_stages", (1, 2), 1, "blocks of V in flight"),
+        Param("num_stages", (1, 2, 3), 2, "blocks of V in flight"),
     ),
     constraints=(
         common.tile_width("block_v", value_tile),
-        # three such tiles of fp32 are sums over V
+        # two such tiles of fp32 are sums over V
         Constraint("chunk_size * K / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] * key_tile(p) <= 64 * 32 * c["num_warps"]),
         Constraint("chunk_size^2 / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
         Constraint("the tiles fit in shared memory", lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
         # beyond that Triton 3.6 asks for more than the 512 columns, or fails in its pass over them
-        Constraint("chunks above 32 fit in tensor memory (sm_100) with 16-bit operands, K <= 128, block_v 64, 1 stage",
-                   lambda p, c, d: d.capability < 100 or c["chunk_size"] <= 32
-                   or (p.dtype != "fp32" and p.head_dim <= 128 and c["block_v"] == 64 and c["num_stages"] == 1)),
+        Constraint("sums over V fit in Blackwell's tensor memory in chunks of at most 32",
+                   lambda p, c, d: d.capability < 100 or c["chunk_size"] <= 32),
     ),
 )
 
@@ -77,8 +76,8 @@ SPACE = Space(
 @triton.jit
 def gdn_gradients_kernel(
     q, k, shared_q, shared_k, do, Ag, k_scale, q_scale, g_cumsum, h, dh, initial_state,
-    d_final_state, w, dv_rows, dp, dn, db, dq_rows, dk_rows, dg_rows, de_rows, d_shared_q, d_shared_k, d_shared_g,
-    perm, weights, chunk_table, scale, M, n_shared, n_shared_rows, n_sequences,
+    d_final_state, w, dv_rows, dp, dn, db, h_dh, dq_rows, dk_rows, dg_rows, de_rows, d_shared_q, d_shared_k,
+    d_shared_g, perm, weights, chunk_table, scale, M, n_shared, n_shared_rows, n_sequences, n_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
@@ -106,53 +105,59 @@ def gdn_gradients_kernel(
     b_down = tl.exp((b_last - b_b).to(tl.float32))
     b_Ag = load_rows(Ag, b_at, m_row, o_c, C, C)
 
-    b_xq = tl.zeros((C, BK), tl.float32)
-    b_xk = tl.zeros((C, BK), tl.float32)  # what the later chunks give
-    b_erased = tl.zeros((C, BK), tl.float32)
-    b_through = 0.0
-    for i_v in range(0, (V + BV - 1) // BV):
+    NV: tl.constexpr = (V + BV - 1) // BV
+    b_xk = tl.zeros((C, BK), tl.float32)
+    for i_v in range(0, NV):
         o_v = i_v * BV + tl.arange(0, BV)
-        b_h32 = state_beside(h, initial_state, i_before, i_state, i_h, o_k, o_v, H, K, V, HAS_INITIAL)
-        b_dh32 = state_beside(dh, d_final_state, i_after, i_state, i_h, o_k, o_v, H, K, V, HAS_FINAL)
-        b_do = load_rows(do, b_head, m_read, o_v, V, BV)
+        b_dh = state_beside(dh, d_final_state, i_after, i_state, i_h, o_k, o_v, H, K, V, HAS_FINAL)
         b_w = load_rows(w, b_at, m_row, o_v, V, BV)
+        b_new = (b_down[:, None] * tl.dot(b_Ag, b_w, input_precision=PRECISION)).to(b_w.dtype)
+        b_xk = tl.dot(b_new, tl.trans(b_dh.to(b_w.dtype)), b_xk, input_precision=PRECISION)
+    b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)
+    b_y = b_a * tl.sum(b_k.to(tl.float32) * b_xk, 1)
+    b_xq = tl.zeros((C, BK), tl.float32)
+    for i_v in range(0, NV):
+        o_v = i_v * BV + tl.arange(0, BV)
+        b_h = state_beside(h, initial_state, i_before, i_state, i_h, o_k, o_v, H, K, V, HAS_INITIAL)
+        b_do = load_rows(do, b_head, m_read, o_v, V, BV)
         b_dw = load_rows(dv_rows, b_row * H + i_h, m_row, o_v, V, BV)
-        # <h, dh> is a small sum of large terms: in 16 bits dg would lose it
-        b_through += tl.sum(tl.sum(b_h32 * b_dh32, 1), 0)
-        b_h = b_h32.to(b_w.dtype)
-        b_dh = b_dh32.to(b_w.dtype)
-        b_new = b_down[:, None] * tl.dot(b_Ag, b_w, input_precision=PRECISION)
-        b_xk = tl.dot(b_new.to(b_w.dtype), tl.trans(b_dh), b_xk, input_precision=PRECISION)
-        b_xq = tl.dot(b_do, tl.trans(b_h), b_xq, input_precision=PRECISION)
-        b_erased = tl.dot(b_dw, tl.trans(b_h), b_erased, input_precision=PRECISION)
+        b_hT = tl.trans(b_h.to(b_do.dtype))
+        b_erased = (-b_up[:, None] * b_dw.to(tl.float32)).to(b_do.dtype)
+        b_xq = tl.dot(b_do, b_hT, b_xq, input_precision=PRECISION)
+        b_xk = tl.dot(b_erased, b_hT, b_xk, input_precision=PRECISION)
+
+    # in an order that lets each of the sums go as soon as it can: all of them at once are more than the registers
+    b_k32 = b_k.to(tl.float32)
+    # <k̂, Xk> holds y so far, and db wants what is erased less y
+    b_db = load_scalars(db, b_at, m_row) + b_a * tl.sum(b_k32 * b_xk, 1) - 2.0 * b_y
+    b_ka = (b_k32 * b_a[:, None]).to(dp.dtype.element_ty)
 
     b_q32 = load_rows(p_q, b_head, m_row, o_k, K, BK).to(tl.float32)
-    b_k32 = load_rows(p_k, b_head, m_row, o_k, K, BK).to(tl.float32)
-    b_qc = b_q32 * b_c[:, None]
-    b_ka = b_k32 * b_a[:, None]
     b_xq *= b_up[:, None]
-    b_erased *= b_up[:, None]
-    b_y = tl.sum(b_ka * b_xk, 1)
-    b_db = load_scalars(db, b_at, m_row) + tl.sum(b_qc * b_xq, 1) - tl.sum(b_ka * b_erased, 1) - b_y
-    b_end = tl.sum(b_y, 0) + tl.exp(b_last.to(tl.float32)) * b_through
-    b_db += tl.where(o_c == n_rows - 1, b_end, 0.0)
-    b_dg = tl.where(m_write, tl.cumsum(b_db, 0, reverse=True), 0.0)
-    b_xk -= b_erased
+    b_db += b_c * tl.sum(b_q32 * b_xq, 1)
     b_dP = load_rows(dp, b_at, m_row, o_c, C, C)
-    b_dN = load_rows(dn, b_at, m_row, o_c, C, C)
-    b_ka16 = b_ka.to(b_dP.dtype)
-    b_xq = tl.dot(b_dP, b_ka16, b_xq, input_precision=PRECISION)
-    b_xk = tl.dot(tl.trans(b_dP), b_qc.to(b_dP.dtype), b_xk, input_precision=PRECISION)
-    b_xk = tl.dot(b_dN, b_ka16, b_xk, input_precision=PRECISION)
-
+    b_xq = tl.dot(b_dP, b_ka, b_xq, input_precision=PRECISION)
     b_weight = tl.load(weights + b_slot, mask=m_row, other=0.0)
-    b_dk, b_de = row_scale_gradient(b_xk, b_k32, b_a, b_weight, m_write, NORM)
     b_unit = tl.where(m_read, row_scale(tl.sum(b_q32 * b_q32, 1), b_weight, NORM), 0.0)
     b_dq, b_de_q = row_scale_gradient(b_xq * scale, b_q32, b_unit, b_weight, m_read, NORM)
     # rows of a shared segment are the tokens'; the sparse rows' buffers begin behind them
     b_out = (b_row - tl.where(is_shared, 0, n_shared_rows)) * H + i_h
     store_rows(tl.where(is_shared, d_shared_q, dq_rows), b_dq, b_out, m_row, o_k, K, BK)
+
+    b_qc = (b_q32 * b_c[:, None]).to(dp.dtype.element_ty)
+    b_xk = tl.dot(tl.trans(b_dP), b_qc, b_xk, input_precision=PRECISION)
+    b_dN = load_rows(dn, b_at, m_row, o_c, C, C)
+    b_xk = tl.dot(b_dN, b_ka, b_xk, input_precision=PRECISION)
+    b_dk, b_de = row_scale_gradient(b_xk, b_k32, b_a, b_weight, m_write, NORM)
     store_rows(tl.where(is_shared, d_shared_k, dk_rows), b_dk, b_out, m_row, o_k, K, BK)
+
+    b_through = tl.zeros((BK,), tl.float32)
+    for i_part in tl.static_range(0, (V + 63) // 64):
+        p_product = h_dh + ((i_part * H + i_h).to(tl.int64) * n_chunks + tl.program_id(0) // H) * K
+        b_through += tl.load(p_product + o_k, mask=o_k < K, other=0.0)
+    b_end = tl.sum(b_y, 0) + tl.exp(b_last.to(tl.float32)) * tl.sum(b_through, 0)
+    b_db += tl.where(o_c == n_rows - 1, b_end, 0.0)
+    b_dg = tl.where(m_write, tl.cumsum(b_db, 0, reverse=True), 0.0)
     if is_shared:
         tl.store(d_shared_g + b_out, b_dg.to(d_shared_g.dtype.element_ty), mask=m_row)
     else:
@@ -163,7 +168,9 @@ def gdn_gradients_kernel(
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     problem = call.sizes.problem
-    names = ("do", "Ag", "k_scale", "q_scale", "g_cumsum", "h", "dh", "w", "dv_rows", "dp", "dn", "db", "de_rows")
+    names = (
+        "do", "Ag", "k_scale", "q_scale", "g_cumsum", "h", "dh", "w", "dv_rows", "dp", "dn", "db", "h_dh", "de_rows",
+    )  # fmt: skip
     call.launch(
         gdn_gradients_kernel,
         (call.sizes.chunks * problem.num_heads,),
@@ -175,6 +182,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **{name: tensors[name] for name in names},
             scale=call.scale,
             n_sequences=problem.sequences,
+            n_chunks=call.sizes.chunks,
             PARTITIONS=problem.partitions,
             HAS_SHARED=problem.shared,
             V=problem.value_dim,

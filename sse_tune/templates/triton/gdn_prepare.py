@@ -6,7 +6,8 @@ with the row scales a of k and c of q, the in-chunk cumsum b of g, and G_ij = e^
 segments, whose steps wait for one another, then have products alone to do. A itself is for the backward pass.
 The inverse goes from 16×16 diagonal blocks, by forward substitution, to twice the size again and again:
 [[X, 0], [N21, Y]]^-1 = [[X', 0], [-Y' N21 X', Y']]. A doubling series from the start would be all matrix products,
-but its powers of N grow beyond fp32 on repeated keys.
+but its powers of N grow beyond fp32 on repeated keys. The substitution reads rows of N from memory, where they go
+first: taken out of registers they would cost a reduction over the warps each.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sse_tune.templates.triton.common import (
     chunk_entry,
     chunk_rows,
     decay,
+    dot_fp32,
     key_tile,
     load_rows,
     log_gate,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
 SPACE = Space(
     params=(
         Param("block_k", (64, 128), 64, "columns of q and k loaded at a time"),
-        Param("solve_precision", ("ieee", "tf32x3", "tf32"), "tf32x3", "of the fp32 products of the inverse"),
+        Param("solve_precision", ("tf32x3", "bf16x3", "tf32"), "bf16x3", "of the products of the inverse"),
         Param("num_warps", (1, 2, 4, 8), 4, "warps per block"),
     ),
     constraints=(
@@ -45,8 +47,7 @@ SPACE = Space(
         # a wider tile for each thread than this spills
         Constraint("chunk_size^2 / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
-        # tf32 keeps ten bits: on nearly parallel keys the inverse loses what is left of them
-        Constraint("fp32 needs an fp32 solve", lambda p, c, d: p.dtype != "fp32" or c["solve_precision"] != "tf32"),
+        common.FP32_SOLVE,
         Constraint("the tiles fit in shared memory", lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
     ),
 )
@@ -58,35 +59,47 @@ def smem_bytes(problem, config) -> int:
 
 
 @triton.jit
-def unit_lower_inverse(b_N, C: tl.constexpr, PRECISION: tl.constexpr):
-    """(I + N)^-1 of a strictly lower [C, C] fp32 tile."""
+def diagonal_inverses(p_rows, n_rows, C: tl.constexpr):
+    """(I + N)^-1 of the 16×16 blocks on the diagonal of N, transposed: [C / 16, column, row]. N's rows within their
+    block are 16 numbers each from p_rows on."""
     NB: tl.constexpr = C // 16
     o_n = tl.arange(0, NB)
     o_i = tl.arange(0, 16)
-    m_diagonal = o_n[:, None, None, None] == o_n[None, None, :, None]
-    b_D = tl.sum(tl.where(m_diagonal, tl.reshape(b_N, (NB, 16, NB, 16)), 0.0), 2)  # [NB, 16, 16]
-    b_X = tl.where(o_i[None, :, None] == o_i[None, None, :], 1.0, 0.0) + tl.zeros((NB, 16, 16), tl.float32)
-    for i in range(1, 16):
-        m_i = (o_i == i)[None, :, None]
-        b_row = tl.sum(tl.where(m_i, b_D, 0.0), 1)  # [NB, 16]: row i of every diagonal block
-        b_sum = tl.sum(b_row[:, :, None] * b_X, 1)  # [NB, 16]
-        b_X = tl.where(m_i, b_X - b_sum[:, None, :], b_X)
-    b_A = tl.reshape(tl.where(m_diagonal, b_X[:, :, None, :], 0.0), (C, C))
+    m_unit = o_i[None, :, None] == o_i[None, None, :]
+    b_XT = tl.where(m_unit, 1.0, 0.0) + tl.zeros((NB, 16, 16), tl.float32)
+    for i in tl.static_range(1, 16):
+        o_row = o_n * 16 + i
+        b_N = tl.load(p_rows + o_row[:, None] * 16 + o_i[None, :], mask=(o_row < n_rows)[:, None], other=0.0)
+        b_sum = tl.sum(b_N[:, None, :] * b_XT, 2)  # row i of the product, by column
+        b_XT = tl.where((o_i == i)[None, None, :], b_XT - b_sum[:, :, None], b_XT)
+    return b_XT
+
+
+@triton.jit
+def unit_lower_inverse(b_N, p_rows, m_row, n_rows, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + N)^-1 of a strictly lower [C, C] fp32 tile; p_rows: scratch of this block's own, 16 fp32 numbers a row."""
+    NB: tl.constexpr = C // 16
     o_c = tl.arange(0, C)
+    o_n = tl.arange(0, NB)
+    m_block = (o_c >> 4)[:, None] == (o_c >> 4)[None, :]
+    tl.store(p_rows + o_c[:, None] * 16 + (o_c & 15)[None, :], b_N, mask=m_block & m_row[:, None])
+    tl.debug_barrier()  # other threads stored what this one reads
+    b_X = tl.permute(diagonal_inverses(p_rows, n_rows, C), (0, 2, 1))
+    m_diagonal = o_n[:, None, None, None] == o_n[None, None, :, None]
+    b_A = tl.reshape(tl.where(m_diagonal, b_X[:, :, None, :], 0.0), (C, C))
     for level in tl.static_range(4, 7):
         if (C >> level) > 1:
             b_i = o_c >> level
             m_off = ((b_i[:, None] >> 1) == (b_i[None, :] >> 1)) & (b_i[:, None] > b_i[None, :])
             b_off = tl.where(m_off, b_N, 0.0)
-            b_right = tl.dot(b_off, b_A, input_precision=PRECISION)
-            b_A -= tl.dot(b_A, b_right, input_precision=PRECISION)
+            b_A -= dot_fp32(b_A, dot_fp32(b_off, b_A, PRECISION), PRECISION)
     return b_A
 
 
 @triton.jit
 def gdn_prepare_kernel(
-    q, k, g, beta, shared_q, shared_k, shared_g, shared_beta, P, Ag, A, k_scale, q_scale, g_cumsum, perm, weights,
-    chunk_table, scale, M, n_shared,
+    q, k, g, beta, shared_q, shared_k, shared_g, shared_beta, P, Ag, A, k_scale, q_scale, g_cumsum, scratch, perm,
+    weights, chunk_table, scale, M, n_shared,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr, WRITERS: tl.constexpr, READERS: tl.constexpr,
     NORM: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr, TRAINS: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +144,8 @@ def gdn_prepare_kernel(
     store_rows(P, b_G * b_c[:, None] * b_a[None, :] * b_qk, b_at, m_row, o_c, C, C)
     m_lower = o_c[:, None] > o_c[None, :]
     b_N = tl.where(m_lower, (b_beta * b_a)[:, None] * b_a[None, :] * b_kk, 0.0)
-    b_A = unit_lower_inverse(b_N, C, SOLVE)
+    p_rows = scratch + (i_h.to(tl.int64) * M + first_row) * 16
+    b_A = unit_lower_inverse(b_N, p_rows, m_row, n_rows, C, SOLVE)
     if TRAINS:
         store_rows(A, b_A, b_at, m_row, o_c, C, C)
     store_rows(Ag, b_G * b_A * b_beta[None, :], b_at, m_row, o_c, C, C)
@@ -147,6 +161,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **common.row_arguments(call, tensors),
             **{name: tensors[name] for name in ("P", "Ag", "k_scale", "q_scale", "g_cumsum", "chunk_table")},
             A=tensors.get("A", tensors["Ag"]),  # not written when nothing is trained
+            scratch=tensors["k_scale"].new_empty((*tensors["k_scale"].shape, 16)),
             scale=call.scale,
             SOLVE=call.config["solve_precision"],
             TRAINS=problem.trains,

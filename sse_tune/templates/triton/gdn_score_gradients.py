@@ -25,6 +25,7 @@ from sse_tune.templates.triton.common import (
     chunk_entry,
     chunk_rows,
     decay,
+    dot_fp32,
     key_tile,
     load_gate_sums,
     load_rows,
@@ -47,9 +48,10 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 SPACE = Space(
     params=(
         Param("block_v", (64, 128), 64, "columns of V taken at a time"),
-        Param("block_k", (64, 128), 64, "columns of K taken at a time"),
+        Param("block_k", (64, 128), 128, "columns of K taken at a time"),
+        Param("solve_precision", ("tf32x3", "bf16x3"), "bf16x3", "of the products of the inverse's gradient"),
         Param("num_warps", (4, 8), 4, "warps per block"),
-        Param("num_stages", (1, 2, 3), 1, "tiles in flight"),
+        Param("num_stages", (1, 2, 3), 2, "tiles in flight"),
     ),
     constraints=(
         common.tile_width("block_v", value_tile),
@@ -58,6 +60,7 @@ SPACE = Space(
         Constraint("chunk_size^2 / (32 * num_warps) <= 32",
                    lambda p, c, d: c["chunk_size"] ** 2 <= 32 * 32 * c["num_warps"]),
         Constraint("the tiles fit in shared memory", lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
+        common.FP32_SOLVE,
         common.FP32_ON_BLACKWELL,
     ),
 )
@@ -68,7 +71,7 @@ def gdn_score_gradients_kernel(
     k, beta, shared_k, shared_beta, do, P, Ag, A, k_scale, g_cumsum, w, dv_new, dp, dn, db,
     dbeta_rows, d_shared_beta, perm, weights, chunk_table, M, n_shared, n_shared_rows,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
-    WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr, SOLVE: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(0) % H
@@ -113,10 +116,10 @@ def gdn_score_gradients_kernel(
     b_A = load_rows(A, b_at, m_row, o_c, C, C).to(tl.float32)
     b_dAA = b_dAg * b_A
 
-    # in fp32: the inverse of nearly parallel keys cancels, and operands of ten bits would leave little of dbeta
+    # the inverse of nearly parallel keys cancels, and operands of ten bits would leave little of dbeta
     b_AT = tl.trans(b_A)
-    b_T = tl.dot(b_dAg * b_beta[None, :], b_AT, input_precision="tf32x3")
-    b_dN = tl.where(o_c[:, None] > o_c[None, :], -tl.dot(b_AT, b_T, input_precision="tf32x3"), 0.0)
+    b_T = dot_fp32(b_dAg * b_beta[None, :], b_AT, SOLVE)
+    b_dN = tl.where(o_c[:, None] > o_c[None, :], -dot_fp32(b_AT, b_T, SOLVE), 0.0)
     b_dbeta = tl.sum(b_dAA, 0) + b_a * tl.sum(b_dN * b_a[None, :] * b_kk, 1)
     b_E = b_dN * b_beta[:, None]
     store_rows(dn, b_E + tl.trans(b_E), b_at, m_row, o_c, C, C)
@@ -140,6 +143,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             **common.gradient_arguments(call, tensors, "beta"),
             **{name: tensors[name] for name in names},
             V=problem.value_dim,
+            SOLVE=call.config["solve_precision"],
             BK=int(call.config["block_k"]),
             BV=int(call.config["block_v"]),
         ),

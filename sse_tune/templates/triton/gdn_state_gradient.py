@@ -5,6 +5,7 @@ With dS the gradient of the state after the chunk:
     dV' = PᵀdO + diag(a e^(b_C - b)) K dS       dW = Agᵀ dV' = dV
     dS <- e^(b_C) dS + Qᵀ diag(c e^b) dO - Kᵀ diag(a e^b) dW
 
+and <h, dS> with the state h before the chunk, of which the gates' gradient is made: here dS is at hand in fp32.
 The columns of V do not mix, so a block keeps block_v of them, as the forward scan does.
 """
 
@@ -25,6 +26,7 @@ from sse_tune.templates.triton.common import (
     load_rows,
     load_scalars,
     load_state,
+    state_beside,
     store_rows,
     store_state,
     walk_block,
@@ -37,7 +39,7 @@ SPACE = Space(
     params=(
         Param("block_v", (32, 64, 128), 64, "columns of the state one block keeps"),
         Param("num_warps", (2, 4, 8), 4, "warps per block"),
-        Param("num_stages", (1, 2, 3), 2, "chunks in flight"),
+        Param("num_stages", (1, 2, 3), 3, "chunks in flight"),
     ),
     constraints=common.scan_constraints(row_tiles=2),
 )
@@ -46,7 +48,8 @@ SPACE = Space(
 @triton.jit
 def gdn_state_gradient_kernel(
     q, k, shared_q, shared_k, do, P, Ag, k_scale, q_scale, g_cumsum, perm, weights, segment_rows,
-    segment_boundaries, d_final_state, dh, dv_new, dv_rows, d_initial_state, M, n_shared, n_sequences,
+    segment_chunks, segment_boundaries, h, initial_state, d_final_state, dh, h_dh, dv_new, dv_rows, d_initial_state, M,
+    n_shared, n_sequences, n_all_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
@@ -66,6 +69,7 @@ def gdn_state_gradient_kernel(
     if HAS_FINAL:
         b_ds = load_state(d_final_state, i_state, o_k, o_v, True, K, V)
     n_chunks = tl.cdiv(n_left, C)
+    first_chunk = tl.load(segment_chunks + i_seg)
     for i_back in range(0, n_chunks):
         i = n_chunks - 1 - i_back
         n_rows = tl.minimum(n_left - i * C, C)
@@ -80,6 +84,15 @@ def gdn_state_gradient_kernel(
         b_b, b_last = load_gate_sums(g_cumsum, b_at, m_row, n_rows, C)
         b_Ag = load_rows(Ag, b_at, m_row, o_c, C, C)
         b_P = load_rows(P, b_at, m_row, o_c, C, C)
+
+        i_before = tl.where(i > 0, first_boundary + i - 1, -1)
+        b_h = state_beside(h, initial_state, i_before, i_state, i_h, o_k, o_v, H, K, V, HAS_INITIAL)
+        b_product = tl.sum(b_h.to(tl.float32) * b_ds, 1)  # [BK]
+        for i_part in tl.static_range(0, BV // 64):  # the whole of it in the first part
+            o_product = tl.cast(i_v * (BV // 64) + i_part, tl.int64) * H + i_h
+            p_product = h_dh + (o_product * n_all_chunks + first_chunk + i) * K + o_k
+            m_product = (i_v * BV + i_part * 64 < V) & (o_k < K)
+            tl.store(p_product, b_product if i_part == 0 else tl.zeros((BK,), tl.float32), mask=m_product)
 
         b_up = tl.exp(b_b.to(tl.float32))
         b_down = b_a * tl.exp((b_last - b_b).to(tl.float32))
@@ -99,13 +112,16 @@ def gdn_state_gradient_kernel(
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
-    names = ("do", "P", "Ag", "k_scale", "q_scale", "g_cumsum", "dh", "dv_new", "dv_rows")
+    names = (
+        "do", "P", "Ag", "k_scale", "q_scale", "g_cumsum", "segment_chunks", "h", "dh", "h_dh", "dv_new", "dv_rows",
+    )  # fmt: skip
     arguments = dict(
         **common.streams(tensors, "q", "k"),
         **common.row_arguments(call, tensors),
         **common.segment_arguments(call, tensors),
-        **common.end_states(tensors, "d_initial_state", "d_final_state"),
+        **common.end_states(tensors, "d_initial_state", "d_final_state", "initial_state"),
         **{name: tensors[name] for name in names},
+        n_all_chunks=call.sizes.chunks,
     )
     common.launch_walk(call, gdn_state_gradient_kernel, arguments)
 

@@ -234,8 +234,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     block_counts = chosen.new_empty(((blocks + 1) * partitions) or 1)
     starts = chosen.new_empty(((sequences + 1) * partitions) or 1)
     rank = chosen.new_empty(chosen.shape if partitions else (1,))
-    tables = {name: tensors[name] for name in ("segment_rows", "segment_boundaries")}
-    tables["segment_chunks"] = chosen.new_empty(sizes.segments + 1)
+    tables = {name: tensors[name] for name in ("segment_rows", "segment_chunks", "segment_boundaries")}
     columns = dict(N=partitions, BN=triton.next_power_of_2(max(partitions, 2)))
     lanes = dict(L=problem.lanes, HAS_SHARED=shared, BT=block_t)
 
