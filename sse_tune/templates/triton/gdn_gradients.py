@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
@@ -42,13 +43,15 @@ if TYPE_CHECKING:
     import torch
 
 
-def smem_bytes(problem: Problem, config: Config) -> int:
+def smem_bytes(problem: Problem, config: Config, device: Device) -> int:
     """h, do and dW in flight; the operands made of them, or those of the rows at the end."""
     c, bk, bv = int(config["chunk_size"]), key_tile(problem), int(config["block_v"])
     item = common.item_bytes(problem)
     state = 4 if config["state_dtype"] == "fp32" else item
     flight = int(config["num_stages"]) * (state * bk * bv + 2 * item * c * bv)
     operands = item * bk * bv + 3 * item * c * bv
+    # Blackwell's dots take both operands from shared memory
+    operands += item * c * bk if device.capability >= 100 else 0
     return max(flight + operands, item * (3 * c * bk + 2 * c * c)) + 8192
 
 
@@ -65,7 +68,7 @@ SPACE = Space(
                    lambda p, c, d: c["chunk_size"] * key_tile(p) <= 64 * 32 * c["num_warps"]),
         Constraint("chunk_size^2 / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
-        Constraint("the tiles fit in shared memory", lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
+        Constraint("the tiles fit in shared memory", lambda p, c, d: smem_bytes(p, c, d) <= d.smem_per_block_bytes),
         # beyond that Triton 3.6 asks for more than the 512 columns, or fails in its pass over them
         Constraint("sums over V fit in Blackwell's tensor memory in chunks of at most 32",
                    lambda p, c, d: d.capability < 100 or c["chunk_size"] <= 32),

@@ -60,7 +60,7 @@ def smem_bytes(problem: Problem, config: Config) -> int:
     state = 4 if config["state_dtype"] == "fp32" else item
     wide = max(item, 4 if problem.dtype == "fp16" else 0)
     tiles = 2 * item * c * bv + 2 * state * bk * bv
-    return max(tiles, wide * (2 * c * bk + 2 * c * c), 8 * c * bk) + 8192
+    return max(tiles, wide * (2 * c * bk + 2 * c * c), 8 * c * bk) + 9216
 
 
 SPACE = Space(
