@@ -6,13 +6,12 @@ import dataclasses
 import importlib.util
 import platform
 import shutil
-import subprocess
 import sys
 
 import typer
 
 from sse_tune.cli_common import DATABASE, ENVIRONMENT, DbOption, JsonOption, console, print_json
-from sse_tune.device import Device, toolchain
+from sse_tune.device import Device, driver_version, program_output, toolchain
 from sse_tune.errors import DatabaseError, SSETuneError
 
 GOOD, NOTE, BAD = "ok", "note", "broken"
@@ -56,7 +55,7 @@ def _hardware() -> tuple[Device | None, list[Finding]]:
         return None, [Finding("torch", BAD, f"does not load: {_line(error)}; install it again")]
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a build for CPUs"
     found = [Finding("torch", GOOD, f"{torch.__version__}, {built}")]
-    driver = _driver()
+    driver = driver_version()
     try:
         device = Device.detect()
     except Exception as error:  # the driver's errors have no common class
@@ -94,7 +93,7 @@ def _compilers(device: Device | None) -> list[Finding]:
     else:
         loads = importlib.util.find_spec("tilelang") is not None
         found.append(Finding("tilelang", GOOD if loads else BAD, f"{versions['tilelang']}"))
-    nvcc = _output("nvcc", "--version")
+    nvcc = program_output("nvcc", "--version")
     if nvcc is None:
         found.append(Finding("nvcc", NOTE, "not found; TileLang needs it, or its own copy, to compile"))
     else:
@@ -141,21 +140,6 @@ def _answers(device: Device | None) -> list[Finding]:
     why = "; ".join(sorted({reason for reason in reasons if reason is not None}))
     text = f"{good} of {len(shipped)} fit" + (f"; the others: {why}" if why else "")
     return [Finding("shipped answers", GOOD if good else NOTE, text)]
-
-
-def _driver() -> str | None:
-    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-
-
-def _output(*command: str) -> str | None:
-    """What a program prints; None: it is not there or fails."""
-    if shutil.which(command[0]) is None:
-        return None
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def _line(error: BaseException) -> str:

@@ -8,6 +8,8 @@ import importlib.metadata
 import os
 import platform
 import re
+import shutil
+import subprocess
 from typing import TYPE_CHECKING
 
 from sse_tune.errors import DeviceError
@@ -112,6 +114,23 @@ ARCHS: dict[str, Device] = {
     "sm_90": Device("cuda", "sm_90", "sm_90", 132, 227 * 1024),
     "sm_100": Device("cuda", "sm_100", "sm_100", 148, 227 * 1024),
 }
+
+
+def program_output(*command: str) -> str | None:
+    """What a program prints; None: it is not there or fails."""
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
+
+
+def driver_version() -> str | None:
+    """The NVIDIA driver, as nvidia-smi tells it; None where that is not to be had."""
+    said = program_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return said.splitlines()[0].strip() if said else None
 
 
 def toolchain() -> dict[str, str | None]:

@@ -79,14 +79,35 @@ def source_hash(modules: tuple[str, ...]) -> str:
     for module in modules:
         spec = importlib.util.find_spec(module)
         assert spec is not None and spec.origin is not None, f"template module {module} is not there"
-        tree = ast.parse(pathlib.Path(spec.origin).read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            if (isinstance(body, list) and body and isinstance(body[0], ast.Expr)
-                    and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str)):
-                body[0].value.value = ""
-        digest.update(ast.dump(tree).encode())
+        digest.update(code_text(pathlib.Path(spec.origin).read_text(encoding="utf-8")).encode())
     return digest.hexdigest()[:16]
+
+
+def code_text(source: str) -> str:
+    """The syntax tree of a module as text that is the same under every version of Python, without comments and
+    docstrings: `ast.dump` adds fields, and leaves empty ones out, from one version to the next."""
+    return _node_text(ast.parse(source))
+
+
+def _node_text(node: object) -> str:
+    if isinstance(node, list):
+        return "[" + ",".join(map(_node_text, node)) + "]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    parts = []
+    for name in sorted(node._fields):
+        value = getattr(node, name, None)
+        if name == "body" and isinstance(value, list):
+            value = value[_has_docstring(value) :]
+        # fields that say nothing or that some versions have not got
+        if value not in (None, []) and name not in ("ctx", "kind", "type_comment", "type_params"):
+            parts.append(f"{name}={_node_text(value)}")
+    return f"{type(node).__name__}({','.join(parts)})"
+
+
+def _has_docstring(body: list) -> bool:
+    first = body[0] if body else None
+    return isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str)
 
 
 # backend -> the package it needs, the graph its templates belong to, and its modules; imported on first use, so that

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import collections
-import pathlib
-import re
 import statistics
 import time
 from typing import Protocol
@@ -133,12 +131,3 @@ class Recorder:
     def _note(self, trial: Trial) -> None:
         if trial.kind == "plan" and trial.outcome == "ok" and trial.time_us is not None:
             self.best_us = trial.time_us if self.best_us is None else min(self.best_us, trial.time_us)
-
-
-def driver_version() -> str | None:
-    """The NVIDIA kernel driver, as it tells on Linux; None where it does not."""
-    path = pathlib.Path("/proc/driver/nvidia/version")
-    if not path.exists():
-        return None
-    found = re.search(r"Kernel Module\D*(\d+(?:\.\d+)+)", path.read_text(encoding="utf-8"))
-    return found.group(1) if found else None

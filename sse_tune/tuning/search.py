@@ -12,7 +12,7 @@ import torch
 from sse_tune.database.keys import sources_of, study_key, toolchain_of
 from sse_tune.database.records import Answer, now
 from sse_tune.database.store import TuningDatabase
-from sse_tune.device import Device, toolchain
+from sse_tune.device import Device, driver_version, toolchain
 from sse_tune.errors import SearchError
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
@@ -24,7 +24,7 @@ from sse_tune.tuning.check import chunk_size_of
 from sse_tune.tuning.evaluate import PLAN_DEADLINE_S, Evaluator
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.measure import Timing
-from sse_tune.tuning.recorder import Progress, Recorder, driver_version
+from sse_tune.tuning.recorder import Progress, Recorder
 from sse_tune.tuning.report import SearchInterrupted, SearchReport
 from sse_tune.tuning.staged import PLAN_TIME_LIMIT_S, search_staged, search_whole
 from sse_tune.tuning.worker import Worker

@@ -6,7 +6,7 @@ import pytest
 
 from sse_tune.database.keys import fits, sources_of, study_key, toolchain_of
 from sse_tune.device import Device, toolchain
-from sse_tune.templates.registry import default_plan
+from sse_tune.templates.registry import code_text, default_plan
 
 
 def test_fresh_answer_fits(make_answer, cpu, h200, training):
@@ -63,3 +63,22 @@ def test_study_key(demo, cpu, h200, changed):
     assert study_key(**arguments) == study_key(**arguments)
     assert study_key(**{**arguments, changed: other}) != study_key(**arguments)
     assert study_key(demo, cpu, ("triton", "torch")) == study_key(demo, cpu, ("torch", "triton"))
+
+
+def test_source_text_is_that_of_the_code_alone():
+    plain = "def f(x):\n    return x + 1\n"
+    dressed = '"""A module."""\n\n\ndef f(x):\n    """Adds one."""\n    # one more\n    return x + 1\n'
+    assert code_text(plain) == code_text(dressed)
+    assert code_text(plain) != code_text(plain.replace("1", "1.0"))
+    assert code_text(plain) != code_text(plain.replace("+", "-"))
+
+
+def test_source_text_is_the_same_under_every_python():
+    """Written out, so that a version whose syntax trees have other fields turns this red."""
+    assert code_text("def f(x: int = 1, *, y):\n    return g(x[0], y=f'{y}')\n") == (
+        "Module(body=[FunctionDef(args=arguments(args=[arg(annotation=Name(id='int'),arg='x')],"
+        "defaults=[Constant(value=1)],kw_defaults=[None],kwonlyargs=[arg(arg='y')]),"
+        "body=[Return(value=Call(args=[Subscript(slice=Constant(value=0),value=Name(id='x'))],func=Name(id='g'),"
+        "keywords=[keyword(arg='y',value=JoinedStr(values=[FormattedValue(conversion=-1,value=Name(id='y'))]))]))],"
+        "name='f')])"
+    )

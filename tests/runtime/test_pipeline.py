@@ -88,7 +88,7 @@ def test_buffers_live_until_their_last_reader(name, fakes, poisoned_empty):
     o, _ = execution.forward()
     assert not o.isnan().any()
     assert {n for n in execution.tensors if n in BUFFERS} == set(saved_names(problem))
-    assert "o_rows" not in saved_names(problem) and "A" in saved_names(problem)
+    assert "o_rows" not in saved_names(problem) and "P" in saved_names(problem)
     gradients = execution.backward(torch.ones_like(o))
     assert not any(name in BUFFERS for name in execution.tensors)
     present = inputs.present()

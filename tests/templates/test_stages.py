@@ -1,0 +1,57 @@
+"""The contract between stages: what its buffers take."""
+
+import pytest
+
+from sse_tune.problem import Problem
+from sse_tune.space import Config
+from sse_tune.templates.stages import BUFFERS, Sizes, stages_of
+
+OUTER = Config(chunk_size=64, state_dtype="io")
+PRESETS = ("spikingbrain2-5b", "sse-gla", "sse-gdn", "sse-gla-128")
+
+
+def buffers_of(problem):
+    stages = stages_of(problem)
+    return {name for stage in stages for name in (*stage.reads, *stage.writes) if name in BUFFERS}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_memory_does_not_grow_with_partitions_beyond_the_states(preset):
+    few, many = (Problem.preset(preset, num_partitions=n) for n in (4, 256))
+    names = buffers_of(many)
+    grown = {
+        name: BUFFERS[name].bytes(Sizes(many, 64), OUTER) - BUFFERS[name].bytes(Sizes(few, 64), OUTER) for name in names
+    }
+    # tables of a few integers for each segment and chunk, and one number for each chunk and key
+    assert {name for name, more in grown.items() if more} <= {
+        "segment_rows", "segment_chunks", "segment_boundaries", "chunk_table", "h_dh",
+    }  # fmt: skip
+    states = (256 - 4) * many.num_heads * many.key_dim * many.value_dim * 4
+    assert sum(grown.values()) < 0.05 * states
+
+
+def test_every_buffer_is_written_once_before_it_is_read():
+    for rule in ("gla", "gdn"):
+        written = set()
+        for stage in stages_of(Problem.preset("spikingbrain2-5b", rule=rule)):
+            assert {name for name in stage.reads if name in BUFFERS} <= written, stage.name
+            assert not written & {name for name in stage.writes if name in BUFFERS}, stage.name
+            written |= {name for name in stage.writes if name in BUFFERS}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("lengths", [(8192,), (1, 63, 64, 65, 0, 127, 128), (1,) * 300])
+def test_static_bounds_hold_for_any_routing(preset, lengths):
+    """The bounds on chunks and boundaries, against the worst that rows can do to them."""
+    problem = Problem.preset(preset, seq_len=sum(lengths), num_sequences=len(lengths))
+    sizes = Sizes(problem, 64)
+    rows = list(lengths)
+    for length in lengths:
+        sparse = length * problem.top_k
+        # as many segments as can be with one row in their last chunk
+        parts = [64 * (sparse // problem.num_partitions // 64) + 1] * (problem.num_partitions - 1)
+        parts = parts if sum(parts) <= sparse else [0] * (problem.num_partitions - 1)
+        rows += [*parts, sparse - sum(parts)]
+    assert sum(rows) == sizes.rows
+    assert sum(-(-n // 64) for n in rows) <= sizes.chunks
+    assert sum(max(-(-n // 64) - 1, 0) for n in rows) <= sizes.boundaries
