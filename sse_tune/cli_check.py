@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,13 +18,15 @@ from sse_tune.cli_common import (
     print_json,
     split,
 )
+from sse_tune.device import ARCHS
 from sse_tune.problem import DTYPES, RULES, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sse_tune.device import Device
     from sse_tune.plan import Plan
+    from sse_tune.tuning.ahead import CompileAhead
     from sse_tune.tuning.check import CaseResult
 
 
@@ -57,7 +60,8 @@ def check(
     as_json: JsonOption = False,
 ) -> None:
     """Every kernel against the reference: outputs, final states, all gradients; exit code 1 when one is wrong."""
-    from sse_tune.templates.registry import BACKENDS, default_backend, default_plan
+    from sse_tune.templates.registry import BACKENDS, default_backend
+    from sse_tune.tuning.ahead import CompileAhead
     from sse_tune.tuning.cases import CASES
     from sse_tune.tuning.check import check_plan
 
@@ -71,26 +75,29 @@ def check(
     poisoned = False
     if not as_json:
         typer.echo(f"on {here.name} ({here.arch}): error of the worst tensor, relative to the reference in float64")
-    for subject in _subjects(rules, dtypes, chosen, here, db):
-        if poisoned:
-            unfit.append(f"{subject.label.strip()}: not run, the device failed before")
-            continue
+    subjects = [(subject, _plan_for(subject, here)) for subject in _subjects(rules, dtypes, chosen, here, db)]
+    with contextlib.ExitStack() as stack:
+        if here.arch in ARCHS:  # kernels for others are compiled as they run
+            ahead = stack.enter_context(CompileAhead(here))
+            for subject, plan_for in subjects:
+                _compile(ahead, subject, plan_for, names, quick, here)
+        for subject, plan_for in subjects:
+            if poisoned:
+                unfit.append(f"{subject.label.strip()}: not run, the device failed before")
+                continue
 
-        def tell(result: CaseResult, subject: Subject = subject) -> None:
-            rows.append(_row(subject, result))
-            if not as_json:
-                typer.echo(_line(subject, result))
+            def tell(result: CaseResult, subject: Subject = subject) -> None:
+                rows.append(_row(subject, result))
+                if not as_json:
+                    typer.echo(_line(subject, result))
 
-        def default_of(posed: Problem, backend: str = subject.backend) -> Plan:
-            return default_plan(posed, here, backend)
-
-        report = check_plan(
-            subject.plan, subject.problem, here, quick, names=names, stop_early=False, on_case=tell,
-            plan_for=default_of if subject.plan_of == DEFAULT else None,
-        )  # fmt: skip
-        poisoned = poisoned or report.poisoned
-        if report.failure is None and not report.passed:
-            unfit.append(f"{subject.label.strip()}: {report.reason}")
+            report = check_plan(
+                subject.plan, subject.problem, here, quick, names=names, stop_early=False, on_case=tell,
+                plan_for=plan_for if subject.plan_of == DEFAULT else None,
+            )  # fmt: skip
+            poisoned = poisoned or report.poisoned
+            if report.failure is None and not report.passed:
+                unfit.append(f"{subject.label.strip()}: {report.reason}")
     failed = [row for row in rows if row["outcome"] not in ("ok", "not_applicable")]
     passed = [row for row in rows if row["outcome"] == "ok"]
     good = not failed and not unfit and bool(passed)
@@ -103,6 +110,28 @@ def check(
         typer.echo(f"{len(passed)} passed, {len(failed)} failed, {skipped} not applicable")
     if not good:
         raise typer.Exit(FAILED)
+
+
+def _plan_for(subject: Subject, device: Device) -> Callable[[Problem], Plan]:
+    """The plan that stands for a subject at other sizes: the default of those, or the one plan that is checked."""
+    from sse_tune.templates.registry import default_plan
+
+    if subject.plan_of == DEFAULT:
+        return lambda posed: default_plan(posed, device, subject.backend)
+    return lambda posed: subject.plan
+
+
+def _compile(
+    ahead: CompileAhead, subject: Subject, plan_for: Callable[[Problem], Plan], names: tuple[str, ...] | None,
+    quick: bool, device: Device,
+) -> None:
+    """Hands the kernels of all cases to the compilers of all cores: one after the other they take minutes."""
+    from sse_tune.tuning.cases import case_names, scale_of
+    from sse_tune.tuning.check import chunk_size_of
+
+    scale = scale_of(device)
+    chosen = names if names is not None else case_names(subject.problem, quick=quick, scale=scale)
+    ahead.submit_cases(plan_for, subject.problem, chunk_size_of(subject.plan), chosen, scale)
 
 
 def check_problem(rule: str, dtype: str, device: Device) -> Problem:

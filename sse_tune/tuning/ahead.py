@@ -6,13 +6,15 @@ import concurrent.futures
 import dataclasses
 import os
 import threading
+from collections.abc import Callable
 
 from sse_tune.compile import compile_stage, limits_reason
 from sse_tune.device import Device
+from sse_tune.errors import ConstraintError, PlanError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.space import Config
-from sse_tune.templates.registry import find_template
+from sse_tune.templates.registry import find_template, validate_plan
 from sse_tune.tuning.cases import CASES, case_problem
 from sse_tune.tuning.worker import JobResult, Worker
 
@@ -85,6 +87,28 @@ class CompileAhead:
             for choice in plan.stages.values()
             if choice.backend == "triton"
         ]
+
+    def submit_cases(
+        self, plan_for: Callable[[Problem], Plan], problem: Problem, chunk_size: int, cases: tuple[str, ...], scale: str
+    ) -> list[concurrent.futures.Future[Compiled]]:
+        """Compiles what `check_plan` will run: for the sizes of each case the plan that stands for it there.
+
+        Cases that have no plan, or whose plan the constraints refuse, do not apply and are left out.
+        """
+        submitted = []
+        for name in cases:
+            posed, _ = case_problem(name, problem, chunk_size, scale)
+            try:
+                plan = plan_for(posed)
+                validate_plan(plan, posed, self.device)
+            except (ConstraintError, PlanError):
+                continue
+            submitted += [
+                self.submit(choice, posed, plan.outer, with_states=CASES[name].states)
+                for choice in plan.stages.values()
+                if choice.backend == "triton"
+            ]
+        return submitted
 
     def close(self) -> None:
         """Ends all processes; what was not compiled stays so."""

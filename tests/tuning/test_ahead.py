@@ -1,0 +1,67 @@
+"""Compilation ahead: what is handed to the compilers, and that it is what a check will run."""
+
+import concurrent.futures
+
+from sse_tune.device import ARCHS
+from sse_tune.plan import Plan
+from sse_tune.problem import Problem
+from sse_tune.templates.registry import default_plan
+from sse_tune.tuning.ahead import CompileAhead, Compiled
+from sse_tune.tuning.cases import CASES, case_names, case_problem
+
+DEVICE = ARCHS["sm_90"]
+PROBLEM = Problem.preset("spikingbrain2-5b")
+
+
+class Noted(CompileAhead):
+    """Compiles nothing and remembers what it was asked for."""
+
+    def __init__(self):
+        super().__init__(DEVICE, 1)
+        self.asked = set()
+
+    def submit(self, choice, problem, outer, *, with_states=False):
+        self.asked.add((choice, problem, outer, with_states))
+        done = concurrent.futures.Future()
+        done.set_result(Compiled("ok", None, {}))
+        return done
+
+
+def default_of(problem):
+    return default_plan(problem, DEVICE, "triton")
+
+
+def test_every_stage_of_every_case_is_compiled():
+    names = case_names(PROBLEM, quick=False, scale="full")
+    with Noted() as ahead:
+        submitted = ahead.submit_cases(default_of, PROBLEM, 64, names, "full")
+    expected = set()
+    for name in names:
+        posed, _ = case_problem(name, PROBLEM, 64, "full")
+        plan = default_of(posed)
+        expected |= {(choice, posed, plan.outer, CASES[name].states) for choice in plan.stages.values()}
+    assert ahead.asked == expected
+    assert len(submitted) >= len(expected)
+
+
+def test_cases_that_do_not_apply_are_left_out():
+    plan = default_of(PROBLEM)
+    with Noted() as ahead:
+        assert not ahead.submit_cases(lambda posed: plan, PROBLEM, 64, ("sizes_24_40",), "full")
+        assert ahead.submit_cases(lambda posed: plan, PROBLEM, 64, ("gates",), "full")
+
+
+def test_the_torch_backend_has_nothing_to_compile():
+    def whole(posed) -> Plan:
+        return default_plan(posed, DEVICE, "torch")
+
+    with Noted() as ahead:
+        assert not ahead.submit_cases(whole, PROBLEM, 64, ("gates",), "full")
+
+
+def test_a_stage_is_compiled_in_another_process():
+    plan = default_of(PROBLEM)
+    with CompileAhead(DEVICE, 1) as ahead:
+        compiled = ahead.submit(plan.stages["combine"], PROBLEM, plan.outer).result()
+    assert compiled.outcome == "ok"
+    assert compiled.resources["registers"] > 0
