@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +13,7 @@ from sse_tune.cli_common import (
     DeviceOption,
     JsonOption,
     ProblemChoice,
+    UsageError,
     console,
     find_device,
     print_json,
@@ -20,75 +23,150 @@ from sse_tune.cli_common import (
 )
 
 if TYPE_CHECKING:
-    from sse_tune.bench.peers import PeerResult
     from sse_tune.bench.plans import Bench
+    from sse_tune.bench.sides import SideResult
+    from sse_tune.problem import Problem
+
+_CLOCK = {
+    "cuda": "Medians by CUDA events over the call as a user makes it, the host's work included. graph: the same "
+    "kernels replayed from a CUDA graph, as only a call can be that never waits for the host; the peers' pipelines do.",
+    "cpu": "Medians by the clock over the call as a user makes it.",
+}
 
 
 @takes_problem
 def bench(
     choice: ProblemChoice,
     peers: Annotated[bool, typer.Option("--peers", help="Others too; needs sse-tune[peers] and a GPU.")] = False,
+    partition_counts: Annotated[
+        str | None, typer.Option(help="Several N, separated by commas, in place of --partitions.")
+    ] = None,
+    plot: Annotated[
+        pathlib.Path | None, typer.Option(help="A picture of time against T or N; needs sse-tune[plot].")
+    ] = None,
     stages: Annotated[bool, typer.Option("--stages", help="The floor stage by stage.")] = False,
     time_limit: Annotated[str, typer.Option(help="Of each comparison: 5s, 1m.")] = "5s",
     db: DbOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Time the default plan, the best one known and the floor, side by side."""
-    from sse_tune.bench.peers import bench_peers, require_peers
+    """Time the default plan, the best one known and the floor, side by side; the last line is JSON."""
+    from sse_tune.bench.peers import require_peers
     from sse_tune.bench.plans import bench as bench_plans
+    from sse_tune.bench.plot import draw
+    from sse_tune.bench.roofline import measure_ceilings
 
     limit = seconds(time_limit)
     here = find_device(device)
+    problems = _problems(choice, here.kind, partition_counts)
+    axis = None if plot is None else _plot_axis(plot, problems)
     if peers:
         require_peers(here)
+    ceilings = measure_ceilings(here, problems[0].dtype)  # the problems differ in T and N only
     found = []
-    for problem in choice.problems(here.kind):
-        own = bench_plans(problem, here, db, limit)
-        others = bench_peers(problem, here, limit) if peers else []
-        found.append({**own.to_dict(), "peers": [other.to_dict() for other in others]})
+    for problem in problems:
+        found.append(bench_plans(problem, here, db, limit, peers=peers, ceilings=ceilings))
         if not as_json:
-            _print(own, others, stages)
-    if as_json:
-        print_json({"device": here.slug, "benches": found})
+            _print(found[-1], here.kind, stages)
+    if plot is not None and axis is not None:
+        draw(found, axis, plot, here.name)
+    print_json({"device": here.slug, "benches": [one.to_dict() for one in found]})
 
 
-def _print(own: Bench, others: list[PeerResult], stages: bool) -> None:
+def _problems(choice: ProblemChoice, kind: str, counts: str | None) -> list[Problem]:
+    """One problem for each length, and of these one for each number of partitions."""
+    problems = choice.problems(kind)
+    if counts is None:
+        return problems
+    words = [word.strip() for word in counts.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise UsageError("--partition-counts must be numbers above 0", repr(counts), "write 4,8,32")
+    if choice.partitions is not None:
+        raise UsageError(
+            "--partitions and --partition-counts exclude each other", f"{choice.partitions} and {counts}", "give one"
+        )
+    return [problem.replace(num_partitions=int(word)) for problem in problems for word in words]
+
+
+def _plot_axis(path: pathlib.Path, problems: Sequence[Problem]) -> str:
+    """What --plot can draw, known before anything is measured."""
+    from sse_tune.bench.plot import axis_of, require_matplotlib
+
+    require_matplotlib()
+    axis = axis_of(problems)
+    if axis is None:
+        raise UsageError(
+            "--plot draws time against T or against N",
+            f"{len(problems)} problems that do not differ in just one of them",
+            "give several --seq-len, or --partition-counts 4,8,32",
+        )
+    if path.suffix != ".png" or not path.absolute().parent.is_dir():
+        raise UsageError("--plot takes a .png file in a folder that exists", str(path), "name another one")
+    return axis
+
+
+def _print(own: Bench, kind: str, stages: bool) -> None:
     from rich.table import Table
 
-    ceilings = own.floor.ceilings
-    table = Table(title=own.problem.bucket.name, title_justify="left")
-    for heading in ("", "time", "± noise", "x floor", ""):
-        table.add_column(heading, justify="left" if not heading else "right", overflow="fold")
-    floor = own.floor.time_us
-
-    def row(name: str, time_us: float | None, noise_us: float | None, note: str) -> None:
-        ratio = "-" if time_us is None else f"{time_us / floor:.2f}"
-        table.add_row(name, shown_time(time_us), "-" if noise_us is None else shown_time(noise_us), ratio, note)
-
-    for name, timing in own.timings.items():
-        row(
-            name,
-            timing.median_us,
-            timing.noise_us,
-            own.decision.reason if name == "best" or len(own.timings) == 1 else "",
-        )
-    for other in others:
-        noise = other.timing.noise_us if other.timing else None
-        row(other.name, other.timing.median_us if other.timing else None, noise, other.reason or "")
+    problem, ceilings = own.problem, own.floor.ceilings
+    length = f"{problem.batch} x {problem.seq_len} tokens"
+    table = Table(title=f"{problem.bucket.name}, {length}", title_justify="left", caption=_CLOCK[kind])
+    table.caption_justify = "left"
+    table.add_column("")
+    for direction in own.floors:
+        for heading in (f"{direction} ± noise", "x floor", "extra MiB"):
+            table.add_column(heading, justify="right")
+    table.add_column("", overflow="fold")
+    names = list(dict.fromkeys(result.name for result in own.results))
+    for name in names:
+        cells = [cell for way in own.floors for cell in _cells(own.of(way).get(name), own.floors[way].time_us)]
+        table.add_row(name, *cells, _note(own, name))
+    for peer in own.peers:
+        if peer.name not in names:
+            table.add_row(peer.name, *["-"] * (3 * len(own.floors)), peer.reason or "")
     rates = (
         f"{ceilings.copy_bytes_per_s / 1e9:.0f} GB/s copied, {ceilings.matmul_flops_per_s / 1e12:.2f} TFLOP/s, measured"
     )
-    row("floor, stage by stage", floor, None, rates)
-    row("floor, all in one", own.floor.fused_us, None, "inputs and results once, the same FLOPs")
+    for label, attribute, note in (
+        ("floor, stage by stage", "time_us", rates),
+        ("floor, all in one", "fused_us", "inputs and results once, the same FLOPs"),
+    ):
+        floors = [(getattr(floor, attribute), floor.time_us) for floor in own.floors.values()]
+        cells = [cell for least, whole in floors for cell in (shown_time(least), f"{least / whole:.2f}", "-")]
+        table.add_row(label, *cells, note)
     console().print(table)
     if stages:
-        detail = Table(title="floor by stage", title_justify="left")
-        for heading in ("stage", "MB", "GFLOP", "memory", "compute"):
-            detail.add_column(heading, justify="left" if heading == "stage" else "right")
-        for stage in own.floor.stages:
-            detail.add_row(
-                stage.name, f"{stage.bytes / 1e6:.1f}", f"{stage.flops / 1e9:.2f}", shown_time(stage.memory_us),
-                shown_time(stage.compute_us),
-            )  # fmt: skip
-        console().print(detail)
+        _print_stages(own)
+
+
+def _cells(result: SideResult | None, floor_us: float) -> tuple[str, str, str]:
+    """Time, ratio to the floor, and memory of a side in one direction."""
+    if result is None:
+        return "-", "-", "-"
+    timing = result.timing
+    extra = "-" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.0f}"
+    time = f"{shown_time(timing.median_us)} ± {shown_time(timing.noise_us)}"
+    return time, f"{timing.median_us / floor_us:.2f}", extra
+
+
+def _note(own: Bench, name: str) -> str:
+    """Where a plan comes from, or how far a peer is from the reference."""
+    report = next((peer for peer in own.peers if peer.name == name), None)
+    if report is not None and report.error is not None:
+        return f"error {report.error:.1e}"
+    has_best = any(result.name == "best" for result in own.results)
+    return own.decision.reason if name == ("best" if has_best else "default") else ""
+
+
+def _print_stages(own: Bench) -> None:
+    from rich.table import Table
+
+    detail = Table(title="floor by stage", title_justify="left")
+    for heading in ("stage", "MB", "GFLOP", "memory", "compute"):
+        detail.add_column(heading, justify="left" if heading == "stage" else "right")
+    for stage in own.floor.stages:
+        detail.add_row(
+            stage.name, f"{stage.bytes / 1e6:.1f}", f"{stage.flops / 1e9:.2f}", shown_time(stage.memory_us),
+            shown_time(stage.compute_us),
+        )  # fmt: skip
+    console().print(detail)

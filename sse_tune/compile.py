@@ -18,8 +18,9 @@ from sse_tune.errors import CompileError
 from sse_tune.problem import Problem
 from sse_tune.races import pipeline_races
 from sse_tune.space import Config
+from sse_tune.templates.buffers import BUFFERS, Sizes
 from sse_tune.templates.registry import Call, Template
-from sse_tune.templates.stages import BUFFERS, Sizes, Stage, stages_of
+from sse_tune.templates.stages import Stage, stages_of
 
 if TYPE_CHECKING:
     import torch

@@ -24,8 +24,9 @@ from sse_tune.device import ARCHS, Device
 from sse_tune.errors import CompileError, DeviceError
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Param, Space
+from sse_tune.templates.buffers import Sizes
 from sse_tune.templates.registry import Template, find_template
-from sse_tune.templates.stages import Sizes, stages_of
+from sse_tune.templates.stages import stages_of
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="Triton interprets: there is nothing to compile; `make test` runs this apart"

@@ -1,11 +1,8 @@
-"""Other implementations of the same operation, beside ours: the paper's "varlen" pipeline over published chunk ops.
+"""Other implementations of the same operation: the pipelines of `pipelines.py` over published chunk ops.
 
-softmax and top-k; sort the (token, partition) pairs by sequence, partition and position; gather copies of q, k, v, g;
-put the always-on stream in front; one call of a chunk op with cu_seqlens; add the results back by index. The chunk op
-is flash-linear-attention's (Triton; GLA and GDN) or flash-qla's (TileLang; GDN with K = V = 128). A peer whose output
-is not ours is reported as such and not timed.
-
-Source: arXiv 2507.16577, section 3.3.
+The chunk op is flash-linear-attention's (Triton; GLA and GDN) or flash-qla's (TileLang; GDN with K = V = 128). A peer
+is held against the float64 reference before it is timed; one that computes something else, fails or is not installed
+is reported with the reason instead.
 """
 
 from __future__ import annotations
@@ -13,185 +10,196 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import inspect
+import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from sse_tune.bench.pipelines import ChunkOp, normalised, run_pipeline
+from sse_tune.bench.sides import Run, Side, calls_of, directions_of, peak_bytes
 from sse_tune.device import Device
 from sse_tune.errors import DeviceError
 from sse_tune.problem import Problem
-from sse_tune.reference.routing import route
 from sse_tune.runtime.pipeline import Inputs
-from sse_tune.templates.registry import default_plan
-from sse_tune.tuning.check import run_case
+from sse_tune.tuning.compare import exact
+from sse_tune.tuning.inputs import Case
 from sse_tune.tuning.jobs import torch_device, workload
-from sse_tune.tuning.measure import Timing, compare
 
-# q, k, v, g and beta (None: GLA), each [1, M, H, ·]; scale; whether to normalise q and k; cu_seqlens -> o [1, M, H, V]
-ChunkOp = Callable[[Tensor, Tensor, Tensor, Tensor, "Tensor | None", float, bool, Tensor], Tensor]
-_DIFFERS = 3e-2  # relative error to our output from which on a peer computes something else
-_DIFFERENTIABLE = ("q", "k", "v", "g", "beta", "shared_q", "shared_k", "shared_g", "shared_beta", "router_logits")
+DIFFERS = 3e-2  # relative Frobenius error to the reference from which on a peer computes something else
+_CHECKED_TOKENS, _CHECKED_SEQUENCES = 512, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A published chunk op: its package, and what it can run."""
+    """A pipeline over a published chunk op.
 
-    name: str
+    Args:
+        pipeline: one of `pipelines.LAYOUTS`.
+        package, distribution: the op's, as it is imported and as it is installed.
+        supports: why it cannot run a problem; None: it can.
+        load: the op for a problem.
+    """
+
+    pipeline: str
     package: str
     distribution: str
     supports: Callable[[Problem], str | None]
     load: Callable[[Problem], ChunkOp]
 
+    @property
+    def name(self) -> str:
+        return f"{self.pipeline}, {self.distribution}"
+
 
 @dataclasses.dataclass(frozen=True)
-class PeerResult:
-    """What a peer takes, or the reason why it was not timed."""
-
-    name: str
-    timing: Timing | None
-    reason: str | None
-    error: float | None = None
-
-    def to_dict(self) -> dict[str, object]:
-        return {
-            "name": self.name,
-            "median_us": self.timing.median_us if self.timing else None,
-            "noise_us": self.timing.noise_us if self.timing else None,
-            "reason": self.reason,
-            "error": self.error,
-        }
-
-
-def varlen_sse(problem: Problem, inputs: Inputs, op: ChunkOp, scale: float) -> Tensor:
-    """The paper's pipeline over a chunk op.
+class PeerReport:
+    """What was found before anything was timed.
 
     Args:
-        problem: with as many readers as writers.
-        inputs: of the call; no initial state.
-        op: runs all segments as packed sequences.
-        scale: what multiplies q·k.
-
-    Returns:
-        o `[R, H, V]`, differentiable where the op is.
+        name: of the peer.
+        reason: why it is not timed; None: it is.
+        error: of its output, relative to the reference; None: it gave none.
+        gradient_error: the largest one of its gradients, for a training problem; reported, no reason to refuse it.
     """
-    normalise = problem.norm != "none"
-    rows = {name: getattr(inputs, name) for name in ("q", "k", "v", "g", "beta")}
-    if inputs.router_logits is None:
-        return _run(op, rows, scale, normalise, inputs.cu_seqlens)
-    choice = route(inputs.router_logits, problem.top_k)
-    starts = inputs.cu_seqlens.to(torch.int64)
-    tokens = torch.arange(rows["q"].shape[0], device=starts.device)
-    sequence = torch.searchsorted(starts, tokens, right=True) - 1
-    segment = (sequence[:, None] * problem.num_partitions + choice.partitions).flatten()
-    order = torch.argsort(segment, stable=True)  # stable: the rows of a segment stay in time order
-    token = order // problem.top_k
-    weight = choice.weights.flatten()[order][:, None, None]
-    lengths = torch.bincount(segment, minlength=problem.sequences * problem.num_partitions)
-    gathered = {name: None if x is None else x[token] for name, x in rows.items()}
-    shared: dict[str, Tensor | None] = {}
-    if problem.shared:
-        shared = {name: getattr(inputs, f"shared_{name}") for name in ("q", "k", "g", "beta")} | {"v": rows["v"]}
-        lengths = torch.cat((starts.diff(), lengths))
-    if problem.norm == "after":  # the op could only normalise what the weight is already in
-        normalise = False
-        gathered |= {name: _normalised(gathered[name]) for name in ("q", "k")}
-        shared |= {name: _normalised(shared[name]) for name in ("q", "k") if name in shared}
-    for name in ("q", "k"):
-        x = gathered[name]
-        assert x is not None
-        gathered[name] = (x * weight).to(rows["q"].dtype)
-    packed = {
-        name: x if x is None or not shared else torch.cat((shared[name].to(x.dtype), x))  # type: ignore[union-attr]
-        for name, x in gathered.items()
-    }
-    lengths = lengths[lengths > 0]
-    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
-    found = _run(op, packed, scale, normalise, offsets)
-    if not problem.shared:
-        return torch.zeros_like(rows["v"]).index_add(0, token, found)
-    return found[: tokens.numel()].index_add(0, token, found[tokens.numel() :])
+
+    name: str
+    reason: str | None
+    error: float | None = None
+    gradient_error: float | None = None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data; an error that is no number is None, for JSON has none such."""
+        fields = dataclasses.asdict(self)
+        return {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in fields.items()}
 
 
 def require_peers(device: Device) -> None:
     """Raises DeviceError where no peer can run: there is no GPU, or none of their packages is installed."""
-    if not any(importlib.util.find_spec(peer.package) for peer in PEERS):
-        names = " or ".join(peer.distribution for peer in PEERS)
+    if not any(_installed(peer) for peer in PEERS):
+        names = " or ".join(dict.fromkeys(peer.distribution for peer in PEERS))
         raise DeviceError(f"--peers needs {names}", "neither installed", "pip install 'sse-tune[peers]'")
     if device.kind != "cuda":
         raise DeviceError("--peers needs a GPU", device.name, "leave --peers out here")
 
 
-def bench_peers(problem: Problem, device: Device, time_limit_s: float = 5.0) -> list[PeerResult]:
-    """Times each peer that can run the problem, in turn, after holding its output against ours."""
-    case = workload(problem, torch_device(device))
-    ours, _ = run_case(default_plan(problem, device), case)
-    results: list[PeerResult] = []
-    calls: dict[str, Callable[[], object]] = {}
-    errors: dict[str, float] = {}
+def peer_sides(problem: Problem, device: Device, case: Case) -> tuple[list[Side], list[PeerReport]]:
+    """Each peer held against the reference, then run once at full size.
+
+    Args:
+        problem: what is measured.
+        device: where.
+        case: the inputs it is measured with.
+
+    Returns:
+        The sides of the peers that can be timed, and a report of each peer.
+    """
+    sides: list[Side] = []
+    reports: list[PeerReport] = []
     for peer in PEERS:
-        name = f"varlen, {peer.distribution}"
-        reason = _cannot(peer, problem)
-        if reason is None:
-            try:
-                call = _call(problem, case.inputs, peer.load(problem), case.scale, case.do)
-                error = _relative(call(), ours["o"])
-                if error < _DIFFERS:
-                    calls[name], errors[name] = call, error
-                    continue
-                reason = f"its output differs from ours by {error:.1e}"
-            except Exception as failure:  # other people's packages fail in their own ways; the rest is still measured
-                lines = str(failure).strip().splitlines()
-                reason = f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
-        results.append(PeerResult(name, None, reason))
-    timings = compare(calls, torch_device(device), time_limit_s=time_limit_s) if calls else {}
-    return results + [PeerResult(name, timing, None, errors[name]) for name, timing in timings.items()]
+        found, report = _try(peer, problem, device, case)
+        sides.extend(found)
+        reports.append(report)
+    return sides, reports
 
 
-def _call(problem: Problem, inputs: Inputs, op: ChunkOp, scale: float, do: Tensor) -> Callable[[], Tensor]:
-    if not problem.trains:
-        return torch.no_grad()(lambda: varlen_sse(problem, inputs, op, scale))
-    present = {name: x for name in _DIFFERENTIABLE if (x := getattr(inputs, name)) is not None}
-    leaves = {name: x.detach().requires_grad_() for name, x in present.items()}
-    used = dataclasses.replace(inputs, **leaves)
-
-    def call() -> Tensor:
-        o = varlen_sse(problem, used, op, scale)
-        torch.autograd.grad(o, list(leaves.values()), do, allow_unused=True)
-        return o.detach()
-
-    return call
+def checked_problem(problem: Problem) -> Problem:
+    """The smaller problem a peer is checked on: heads, dtype, N and top_k are those of the problem."""
+    packed = problem.num_sequences
+    return problem.replace(
+        seq_len=min(problem.seq_len, _CHECKED_TOKENS),
+        batch=min(problem.batch, _CHECKED_SEQUENCES),
+        num_sequences=None if packed is None else min(packed, _CHECKED_SEQUENCES),
+    )
 
 
-def _run(op: ChunkOp, rows: dict[str, Tensor | None], scale: float, normalise: bool, offsets: Tensor) -> Tensor:
-    one = {name: x[None] for name, x in rows.items() if x is not None}
-    return op(one["q"], one["k"], one["v"], one["g"], one.get("beta"), scale, normalise, offsets)[0]
+def _try(peer: Peer, problem: Problem, device: Device, case: Case) -> tuple[list[Side], PeerReport]:
+    reason = _cannot(peer, problem)
+    if reason is not None:
+        return [], PeerReport(peer.name, reason)
+    error, gradient_error = None, None
+    try:
+        op = peer.load(problem)
+        small = workload(checked_problem(problem), torch_device(device))
+        error, gradient_error = _errors(_run(peer, small.problem, op, small.scale), small)
+        if not error < DIFFERS:  # NaN too
+            reason = f"its output differs from the reference by {error:.1e}"
+            return [], PeerReport(peer.name, reason, error, gradient_error)
+        run, inputs = _run(peer, problem, op, case.scale), _as_users_have_them(case.inputs)
+        calls = calls_of(run, problem, inputs, case.do)
+        sides = [Side(peer.name, way, calls[way], peak_bytes(calls[way], device)) for way in directions_of(problem)]
+    except Exception as failure:  # other people's packages fail in their own ways; the rest is still measured
+        if device.kind == "cuda":
+            torch.cuda.empty_cache()  # what it allocated before it ran out of memory is not for the others to miss
+        lines = str(failure).strip().splitlines()
+        reason = f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
+        return [], PeerReport(peer.name, reason, error, gradient_error)
+    return sides, PeerReport(peer.name, None, error, gradient_error)
 
 
-def _normalised(x: Tensor | None) -> Tensor | None:
-    return None if x is None else (x.float() * torch.rsqrt(x.float().square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+def _run(peer: Peer, problem: Problem, op: ChunkOp, scale: float) -> Run:
+    return lambda inputs: run_pipeline(peer.pipeline, problem, inputs, op, scale)
 
 
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
+def _as_users_have_them(inputs: Inputs) -> Inputs:
+    """GLA's gates, as wide as the keys, in the dtype of the keys, as the layers of its users compute them."""
+    return dataclasses.replace(
+        inputs,
+        g=_like_keys(inputs.g, inputs.k),
+        shared_g=None if inputs.shared_g is None else _like_keys(inputs.shared_g, inputs.k),
+    )
+
+
+def _like_keys(g: Tensor, k: Tensor) -> Tensor:
+    return g.to(k.dtype) if g.dim() == k.dim() else g
+
+
+def _errors(run: Run, case: Case) -> tuple[float, float | None]:
+    """Of the output, and the largest of the gradients; what has no size in the reference is left out."""
+    expected = exact(case).results
+    calls = calls_of(run, case.problem, _as_users_have_them(case.inputs), case.do)
+    error = _relative(calls["fwd"](), expected["o"])
+    if not case.problem.trains:
+        return error, None
+    found = calls["fwd+bwd"]()
+    assert isinstance(found, dict)
+    errors = [_relative(x, expected[name]) for name, x in found.items() if name != "o" and expected[name].any()]
+    return _largest([error, _relative(found["o"], expected["o"])]), _largest(errors)
+
+
+def _largest(errors: list[float]) -> float:
+    """NaN where one of them is, which `max` would pass over."""
+    return float(torch.tensor(errors, dtype=torch.float64).max())
+
+
+def _relative(found: object, expected: Tensor) -> float:
+    assert isinstance(found, Tensor)
+    return float((found.to(torch.float64) - expected).norm() / expected.norm())
 
 
 def _cannot(peer: Peer, problem: Problem) -> str | None:
-    if importlib.util.find_spec(peer.package) is None:
+    if not _installed(peer):
         return f"not installed: pip install {peer.distribution}"
     if problem.readers != problem.top_k:
         return "the pipeline reads the partitions that it writes"
+    if problem.num_partitions == 0 and peer.pipeline != "varlen":
+        return "without sparse partitions it is the same as the varlen one"
     return peer.supports(problem)
 
 
+def _installed(peer: Peer) -> bool:
+    return importlib.util.find_spec(peer.package) is not None
+
+
 def _fla(problem: Problem) -> ChunkOp:
+    """fla's own kernels: its entry point for GDN hands over to flash-qla where that is installed."""
     if problem.rule == "gla":
         gla = importlib.import_module("fla.ops.gla").chunk_gla
         return lambda q, k, v, g, beta, scale, normalise, offsets: gla(
-            *((_normalised(q), _normalised(k)) if normalise else (q, k)), v, g, scale=scale, cu_seqlens=offsets
+            *((normalised(q), normalised(k)) if normalise else (q, k)), v, g, scale=scale, cu_seqlens=offsets
         )[0]
-    return _delta_rule(importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule)
+    return _delta_rule(inspect.unwrap(importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule))
 
 
 def _flash_qla(problem: Problem) -> ChunkOp:
@@ -211,6 +219,7 @@ def _qla_supports(problem: Problem) -> str | None:
 
 
 PEERS = (
-    Peer("fla", "fla", "fla-core", lambda problem: None, _fla),
-    Peer("flash-qla", "flash_qla", "flash-qla", _qla_supports, _flash_qla),
+    Peer("varlen", "fla", "fla-core", lambda problem: None, _fla),
+    Peer("varlen", "flash_qla", "flash-qla", _qla_supports, _flash_qla),
+    Peer("mask", "fla", "fla-core", lambda problem: None, _fla),
 )

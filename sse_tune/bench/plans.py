@@ -1,18 +1,19 @@
-"""This project on one problem: the default plan and the best one known, timed in turn, beside the floor."""
+"""One problem measured: this project's default plan, its best one and its peers in one comparison, beside the floor."""
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
 
-from sse_tune.bench.roofline import Floor, floor_of, measure_ceilings
+from sse_tune.bench.peers import PeerReport, peer_sides
+from sse_tune.bench.roofline import Ceilings, Floor, floor_of, measure_ceilings
+from sse_tune.bench.sides import Side, SideResult, directions_of, graph_pool, own_sides, time_sides
 from sse_tune.database.store import TuningDatabase
 from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import Decision, decide
 from sse_tune.templates.registry import default_plan
-from sse_tune.tuning.jobs import plan_call, torch_device
-from sse_tune.tuning.measure import Timing, compare
+from sse_tune.tuning.jobs import torch_device, workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,26 +21,48 @@ class Bench:
     """What one problem takes.
 
     Args:
-        problem, decision: what was measured, and where its best plan comes from.
-        timings: "default", and "best" where it is another plan.
-        floor: of the machine.
+        problem: what was measured; a training problem also forward alone.
+        decisions: direction -> where its best plan comes from.
+        floors: direction -> the floor of the machine.
+        results: each side in each direction, those of one direction together.
+        peers: what was found of each peer; empty where none were asked for.
     """
 
     problem: Problem
-    decision: Decision
-    timings: dict[str, Timing]
-    floor: Floor
+    decisions: dict[str, Decision]
+    floors: dict[str, Floor]
+    results: tuple[SideResult, ...]
+    peers: tuple[PeerReport, ...]
+
+    @property
+    def decision(self) -> Decision:
+        return self.decisions[self.problem.direction]
+
+    @property
+    def floor(self) -> Floor:
+        return self.floors[self.problem.direction]
+
+    def of(self, direction: str) -> dict[str, SideResult]:
+        """Side to result, in one direction."""
+        return {result.name: result for result in self.results if result.direction == direction}
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data, times in microseconds."""
+        """Plain data, times in microseconds: `timings` and the floors are the problem's; `forward`: forward alone."""
+        forward = None
+        if self.problem.trains:
+            forward = {
+                "timings": {name: result.to_dict() for name, result in self.of("fwd").items()},
+                "source": self.decisions["fwd"].source,
+                "floor_us": self.floors["fwd"].time_us,
+                "fused_floor_us": self.floors["fwd"].fused_us,
+            }
         return {
             "problem": self.problem.to_dict(),
             "bucket": self.problem.bucket.name,
             "source": self.decision.source,
-            "timings": {
-                name: {"median_us": timing.median_us, "noise_us": timing.noise_us, "repeats": len(timing.times_us)}
-                for name, timing in self.timings.items()
-            },
+            "timings": {name: result.to_dict() for name, result in self.of(self.problem.direction).items()},
+            "forward": forward,
+            "peers": [peer.to_dict() for peer in self.peers],
             "floor_us": self.floor.time_us,
             "fused_floor_us": self.floor.fused_us,
             "copy_bytes_per_s": self.floor.ceilings.copy_bytes_per_s,
@@ -53,24 +76,44 @@ def bench(
     device: Device,
     database: TuningDatabase | str | pathlib.Path | None = None,
     time_limit_s: float = 5.0,
+    *,
+    peers: bool = False,
+    ceilings: Ceilings | None = None,
 ) -> Bench:
-    """Times the default plan and the best known one on random inputs of the problem's size.
+    """Times everything that can run a problem, in turn, on random inputs of its size.
 
     Args:
         problem: what to run.
         device: the one of this process.
         database: where answers are; None: the user's default.
-        time_limit_s: of the comparison; the ceilings take two seconds more.
+        time_limit_s: of the comparison.
+        peers: other implementations too.
+        ceilings: of the device, measured before in this process; None: they are measured now, two seconds more.
 
     Raises:
         DatabaseError: the database cannot be read.
         ConstraintError: no plan can run the problem here.
     """
-    decision = decide(problem, device, database)
-    plans = {"default": default_plan(problem, device)}
-    if decision.plan != plans["default"]:
-        plans["best"] = decision.plan
-    calls = {name: plan_call(plan, problem, device) for name, plan in plans.items()}
-    timings = compare(calls, torch_device(device), time_limit_s=time_limit_s)
+    where = torch_device(device)
+    case = workload(problem, where)
+    pool = graph_pool(device)
+    decisions: dict[str, Decision] = {}
+    sides: list[Side] = []
+    for direction in directions_of(problem):
+        posed = problem.replace(direction=direction)
+        decisions[direction] = decide(posed, device, database)
+        plans = {"default": default_plan(posed, device)}
+        if decisions[direction].plan != plans["default"]:
+            plans["best"] = decisions[direction].plan
+        for name, plan in plans.items():
+            sides.extend(own_sides(name, plan, posed, device, case, pool))
+    others, reports = peer_sides(problem, device, case) if peers else ([], [])
+    results = time_sides([*sides, *others], where, time_limit_s)
+    found = ceilings or measure_ceilings(device, problem.dtype)
+    floors = {way: _floor(problem.replace(direction=way), device, found, decisions[way]) for way in decisions}
+    return Bench(problem, decisions, floors, tuple(results), tuple(reports))
+
+
+def _floor(problem: Problem, device: Device, ceilings: Ceilings, decision: Decision) -> Floor:
     outer = decision.plan.outer if decision.plan.graph == "staged" else None
-    return Bench(problem, decision, timings, floor_of(problem, device, measure_ceilings(device, problem.dtype), outer))
+    return floor_of(problem, device, ceilings, outer)

@@ -15,7 +15,8 @@ from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.runtime.pipeline import DTYPES
 from sse_tune.space import Config
-from sse_tune.templates.stages import BUFFERS, GRAPHS, ITEM_BYTES, stage_bytes, stage_flops, stages_of
+from sse_tune.templates.buffers import BUFFERS, ITEM_BYTES
+from sse_tune.templates.stages import GRAPHS, stage_bytes, stage_flops, stages_of
 from sse_tune.tuning.measure import measure
 
 _GPU_COPY_BYTES, _CPU_COPY_BYTES = 2 * 2**30, 256 * 2**20

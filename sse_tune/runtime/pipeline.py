@@ -16,8 +16,9 @@ from sse_tune.compile import GpuLauncher
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.space import Config
+from sse_tune.templates.buffers import BUFFERS, Sizes
 from sse_tune.templates.registry import Call, Launcher, find_template
-from sse_tune.templates.stages import BUFFERS, Sizes, Stage, stages_of
+from sse_tune.templates.stages import Stage, stages_of
 from sse_tune.templates.torch.whole import compute
 
 DTYPES = {

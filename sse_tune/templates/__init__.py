@@ -1,1 +1,1 @@
-"""Parameterised kernels, stage by stage, in one folder a backend; `stages.py` is the contract they share."""
+"""Parameterised kernels, stage by stage, a folder for each backend; their contract: `buffers.py` and `stages.py`."""

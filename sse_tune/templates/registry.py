@@ -17,7 +17,8 @@ from sse_tune.errors import ConstraintError, DeviceError, PlanError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Space
-from sse_tune.templates.stages import GRAPHS, Sizes, stage_names
+from sse_tune.templates.buffers import Sizes
+from sse_tune.templates.stages import GRAPHS, stage_names
 
 if TYPE_CHECKING:
     import torch

@@ -1,75 +1,117 @@
-"""The peers' pipeline over an exact chunk op is the operation itself: what it is compared with is the same thing."""
+"""A peer is held against the reference before it is timed, and reported with its reason when it is not."""
+
+import json
+import math
 
 import pytest
 import torch
 
 from sse_tune.bench import peers
+from sse_tune.bench.plans import bench
+from sse_tune.bench.roofline import Ceilings
 from sse_tune.device import Device
 from sse_tune.errors import DeviceError
 from sse_tune.problem import Problem
 from sse_tune.reference import recurrent
-from sse_tune.templates.registry import default_plan
-from sse_tune.tuning.check import run_case
-from sse_tune.tuning.jobs import workload
+
+SMALL = Problem(rule="gdn", seq_len=16, num_heads=1, head_dim=8, norm="after", dtype="fp32")
 
 
 def exact_op(q, k, v, g, beta, scale, normalise, offsets):
     return recurrent(q, k, v, g, None, beta=beta, qk_l2norm=normalise, scale=scale, cu_seqlens=offsets)[0]
 
 
-@pytest.mark.parametrize("norm", ["none", "after", "before"])
-@pytest.mark.parametrize("rule", ["gla", "gdn"])
-@pytest.mark.parametrize(
-    "more",
-    [{}, {"batch": 2}, {"num_sequences": 3}, {"shared": False}, {"num_partitions": 0, "top_k": 0, "read_k": 0}],
-    ids=str,
-)
-def test_varlen_over_the_reference_is_our_operation(rule, norm, more):
-    problem = Problem(
-        **{
-            "rule": rule,
-            "seq_len": 23,
-            "num_heads": 2,
-            "head_dim": 8,
-            "norm": norm,
-            "dtype": "fp32",
-            "direction": "fwd",
-        }
-        | more
-    )
-    case = workload(problem, "cpu")
-    ours, _ = run_case(default_plan(problem, Device.detect("cpu")), case)
-    found = peers.varlen_sse(problem, case.inputs, exact_op, case.scale)
-    torch.testing.assert_close(found, ours["o"], rtol=1e-4, atol=1e-5)
+def peer(name, op, pipeline="varlen", package="torch"):
+    return peers.Peer(pipeline, package, name, lambda problem: None, lambda problem: op)
 
 
 def test_a_wrong_or_broken_peer_is_reported_and_not_timed(monkeypatch):
-    def half(*arguments):
-        return exact_op(*arguments) * 0.5
-
     def broken(*arguments):
         raise RuntimeError("no kernel image\nis available")
 
-    def peer(name, op):
-        return peers.Peer(name, "torch", name, lambda problem: None, lambda problem: op)
+    def full(q, *rest):
+        if q.shape[1] > peers._CHECKED_TOKENS * 3:
+            raise MemoryError("out of memory")
+        return exact_op(q, *rest)
 
-    monkeypatch.setattr(peers, "PEERS", (peer("right", exact_op), peer("half", half), peer("broken", broken)))
-    problem = Problem(rule="gdn", seq_len=16, num_heads=1, head_dim=8, norm="after", dtype="fp32")
-    results = {r.name: r for r in peers.bench_peers(problem, Device.detect("cpu"), time_limit_s=0.1)}
-    assert results["varlen, right"].timing is not None
-    assert results["varlen, half"].timing is None
-    assert "differs from ours" in results["varlen, half"].reason
-    assert results["varlen, broken"].reason == "RuntimeError: no kernel image"
+    made = (
+        peer("right", exact_op),
+        peer("right", exact_op, "mask"),
+        peer("half", lambda *arguments: exact_op(*arguments) * 0.5),
+        peer("none", lambda *arguments: exact_op(*arguments) * float("nan")),
+        peer("broken", broken),
+        peer("too large", full),
+        peer("absent", exact_op, package="no_such_package"),
+    )
+    monkeypatch.setattr(peers, "PEERS", made)
+    monkeypatch.setattr(peers, "_CHECKED_TOKENS", 8)
+    ceilings = Ceilings(1e10, 1e11)
+    found = bench(SMALL, Device.detect("cpu"), time_limit_s=0.1, peers=True, ceilings=ceilings)
+    for direction in ("fwd", "fwd+bwd"):
+        assert list(found.of(direction)) == ["default", "varlen, right", "mask, right"]
+    reports = {report.name: report for report in found.peers}
+    assert reports["varlen, right"].reason is None
+    assert reports["mask, right"].error < 1e-5
+    assert reports["mask, right"].gradient_error < 1e-4
+    assert "differs from the reference by 5.0e-01" in reports["varlen, half"].reason
+    assert "differs" in reports["varlen, none"].reason
+    assert reports["varlen, none"].to_dict()["error"] is None
+    json.dumps(found.to_dict(), allow_nan=False)
+    assert reports["varlen, broken"].reason == "RuntimeError: no kernel image"
+    assert reports["varlen, too large"].reason == "MemoryError: out of memory"
+    assert "pip install absent" in reports["varlen, absent"].reason
 
 
-def test_peers_need_their_packages(monkeypatch):
-    none = peers.Peer("none", "no_such_package", "no-such-package", lambda problem: None, lambda problem: exact_op)
-    monkeypatch.setattr(peers, "PEERS", (none,))
+def test_the_largest_of_errors_is_nan_where_one_is():
+    assert math.isnan(peers._largest([0.5, float("nan")]))
+    assert peers._largest([0.5, 2.0]) == 2.0
+
+
+def test_peers_need_their_packages_and_a_gpu(monkeypatch):
+    monkeypatch.setattr(peers, "PEERS", (peer("no-such-package", exact_op, package="no_such_package"),))
     with pytest.raises(DeviceError, match="sse-tune\\[peers\\]"):
         peers.require_peers(Device.from_arch("sm_90"))
+    monkeypatch.setattr(peers, "PEERS", (peer("torch", exact_op),))
+    peers.require_peers(Device.from_arch("sm_90"))
+    with pytest.raises(DeviceError, match="needs a GPU"):
+        peers.require_peers(Device.detect("cpu"))
 
 
 def test_a_peer_says_what_it_cannot_run():
-    problem = Problem.preset("sse-gdn")
-    assert "128" in peers._qla_supports(problem)
+    assert "128" in peers._qla_supports(Problem.preset("sse-gdn"))
     assert peers._qla_supports(Problem.preset("spikingbrain2-5b")) is None
+    ready = peer("ready", exact_op)
+    assert peers._cannot(ready, SMALL) is None
+    assert "reads the partitions that it writes" in peers._cannot(ready, SMALL.replace(read_k=3))
+    plain = SMALL.replace(num_partitions=0, top_k=0, read_k=0)
+    assert peers._cannot(ready, plain) is None
+    assert "same as the varlen" in peers._cannot(peer("ready", exact_op, "mask"), plain)
+
+
+def test_a_peer_is_checked_on_a_smaller_problem_of_the_same_kind():
+    problem = Problem.preset("spikingbrain2-5b", seq_len=32768, num_sequences=8, num_partitions=32)
+    small = peers.checked_problem(problem)
+    assert (small.seq_len, small.num_sequences) == (512, 3)
+    assert small.replace(seq_len=32768, num_sequences=8) == problem
+    batched = peers.checked_problem(SMALL.replace(batch=64))
+    assert (batched.seq_len, batched.batch, batched.num_sequences) == (16, 3, None)
+
+
+def test_wide_gates_come_in_the_dtype_of_the_keys_and_scalar_ones_as_they_are():
+    k = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
+    assert peers._like_keys(torch.zeros(4, 2, 8), k).dtype == torch.bfloat16
+    assert peers._like_keys(torch.zeros(4, 2), k).dtype == torch.float32
+
+
+def test_flas_own_kernels_are_taken_and_not_what_it_hands_over_to(monkeypatch):
+    import functools
+    import types
+
+    def own(q, k, v, **options):
+        return "own", None
+
+    handed_over = functools.wraps(own)(lambda *arguments, **options: ("another package's", None))
+    module = types.SimpleNamespace(chunk_gated_delta_rule=handed_over)
+    monkeypatch.setattr(peers.importlib, "import_module", lambda name: module)
+    op = peers._fla(Problem.preset("spikingbrain2-5b"))
+    assert op(None, None, None, None, None, 1.0, True, None) == "own"

@@ -1,4 +1,4 @@
-"""A staged backend made of the reference: fulfils the contract of `stages.py` for one thing, that the wiring is right.
+"""A staged backend made of the reference: fulfils the contract of `buffers.py` for one thing, that the wiring is right.
 
 `scan` computes o and the final state, `gradients` everything by autograd; the stages around them pass rows on as real
 ones do. Every template checks that what its stage reads is there and that nothing else is needed.

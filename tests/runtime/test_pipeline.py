@@ -9,7 +9,7 @@ from sse_tune.runtime.arguments import Arguments, check, flatten, pose
 from sse_tune.runtime.call import call
 from sse_tune.runtime.pipeline import Execution, saved_names
 from sse_tune.runtime.settings import write_problem
-from sse_tune.templates.stages import BUFFERS
+from sse_tune.templates.buffers import BUFFERS
 from tests.runtime.cases import assert_close, exact, make_case, with_gradients
 from tests.runtime.fake_stages import Fakes, plan_of
 

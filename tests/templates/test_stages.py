@@ -4,7 +4,8 @@ import pytest
 
 from sse_tune.problem import Problem
 from sse_tune.space import Config
-from sse_tune.templates.stages import BUFFERS, Sizes, stages_of
+from sse_tune.templates.buffers import BUFFERS, Sizes
+from sse_tune.templates.stages import stages_of
 
 OUTER = Config(chunk_size=64, state_dtype="io")
 PRESETS = ("spikingbrain2-5b", "sse-gla", "sse-gdn", "sse-gla-128")

@@ -7,8 +7,8 @@ from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.reference import recurrent
 from sse_tune.space import Config
+from sse_tune.templates.buffers import Sizes
 from sse_tune.templates.registry import Call, default_plan, templates_of
-from sse_tune.templates.stages import Sizes
 from sse_tune.templates.torch.whole import SPACE, TEMPLATE, compute
 
 CPU = Device("cpu", "test", "x86_64", 2)

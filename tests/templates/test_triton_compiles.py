@@ -14,8 +14,9 @@ from sse_tune.compile import MAX_REGISTERS, compile_stage, limits_reason
 from sse_tune.device import ARCHS
 from sse_tune.problem import Problem
 from sse_tune.space import Config
+from sse_tune.templates.buffers import Sizes
 from sse_tune.templates.registry import default_plan, find_template, templates_of
-from sse_tune.templates.stages import GRAPHS, Sizes
+from sse_tune.templates.stages import GRAPHS
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="Triton interprets: there is nothing to compile; `make test` runs this apart"

@@ -18,8 +18,9 @@ from sse_tune.reference import recurrent, route
 from sse_tune.runtime.pipeline import Execution, Inputs
 from sse_tune.space import Config
 from sse_tune.templates import registry
+from sse_tune.templates.buffers import Sizes
 from sse_tune.templates.registry import default_plan, templates_for
-from sse_tune.templates.stages import GRAPHS, Sizes, stages_of
+from sse_tune.templates.stages import GRAPHS, stages_of
 
 pytestmark = pytest.mark.interpret
 

@@ -1,0 +1,203 @@
+"""The sides of a comparison: calls as a user makes them, what they allocate, and all of them timed in turn.
+
+A side is one implementation in one direction. All are timed in one `compare`, by CUDA events over the call, the work of
+the host included; this project's are there a second time as replays of a CUDA graph, which is how a user can run them
+and which a pipeline that synchronises with the host cannot be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sse_tune.device import Device
+from sse_tune.plan import Plan
+from sse_tune.problem import Problem
+from sse_tune.runtime.dispatch import Decision
+from sse_tune.runtime.kernel import Kernel
+from sse_tune.runtime.pipeline import Execution, Inputs
+from sse_tune.tuning.inputs import Case
+from sse_tune.tuning.jobs import in_graph
+from sse_tune.tuning.measure import Timing, compare
+
+Run = Callable[[Inputs], Tensor]  # inputs -> o [R, H, V], differentiable
+GRAPH = ", graph"
+_WITH_GRADIENT = (
+    "q", "k", "v", "g", "beta", "shared_q", "shared_k", "shared_g", "shared_beta", "router_logits"
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Side:
+    """One implementation in one direction.
+
+    Args:
+        name: of the implementation; it ends in `GRAPH` where the call is a replay.
+        direction: "fwd", or "fwd+bwd".
+        call: runs it once.
+        peak_bytes: what a warm call needs beside what is there before it; None: not known.
+    """
+
+    name: str
+    direction: str
+    call: Callable[[], object]
+    peak_bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SideResult:
+    """What a side takes."""
+
+    name: str
+    direction: str
+    timing: Timing
+    peak_bytes: int | None
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data, times in microseconds."""
+        return {
+            "median_us": self.timing.median_us,
+            "noise_us": self.timing.noise_us,
+            "repeats": len(self.timing.times_us),
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+def directions_of(problem: Problem) -> tuple[str, ...]:
+    """What is measured: both for a training problem, else the forward pass."""
+    return ("fwd", "fwd+bwd") if problem.trains else ("fwd",)
+
+
+def forward_call(run: Run, inputs: Inputs) -> Callable[[], Tensor]:
+    """The forward pass alone, without a trace for gradients."""
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return run(inputs)
+
+    return call
+
+
+def training_call(run: Run, inputs: Inputs, do: Tensor) -> Callable[[], dict[str, Tensor]]:
+    """Forward and backward by autograd; the call returns "o" and "d_" and each input that has a gradient."""
+    present = {name: x for name in _WITH_GRADIENT if (x := getattr(inputs, name)) is not None}
+    leaves = {name: x.detach().requires_grad_() for name, x in present.items()}
+    used = dataclasses.replace(inputs, **leaves)
+
+    def call() -> dict[str, Tensor]:
+        o = run(used)
+        found = torch.autograd.grad(o, list(leaves.values()), do)
+        return {"o": o.detach(), **{f"d_{name}": x for name, x in zip(leaves, found)}}
+
+    return call
+
+
+def calls_of(run: Run, problem: Problem, inputs: Inputs, do: Tensor) -> dict[str, Callable[[], object]]:
+    """Direction to call."""
+    calls: dict[str, Callable[[], object]] = {"fwd": forward_call(run, inputs)}
+    if problem.trains:
+        calls["fwd+bwd"] = training_call(run, inputs, do)
+    return calls
+
+
+def own_run(plan: Plan, problem: Problem, device: Device, scale: float) -> Run:
+    """A plan of this project, called as its users call it: checks, dispatch and autograd included."""
+    kernel = Kernel(problem, device, Decision(plan, "given", "named by the benchmark"))
+    rows = (problem.batch, problem.seq_len)
+
+    def run(inputs: Inputs) -> Tensor:
+        x = {
+            name: tensor if name == "cu_seqlens" else tensor.unflatten(0, rows)
+            for name, tensor in inputs.present().items()
+        }
+        o, _ = kernel(
+            x["q"], x["k"], x["v"], x["g"], x.get("router_logits"), problem.top_k if problem.num_partitions else None,
+            beta=x.get("beta"), shared_q=x.get("shared_q"), shared_k=x.get("shared_k"), shared_g=x.get("shared_g"),
+            shared_beta=x.get("shared_beta"), qk_l2norm=problem.norm != "none",
+            gate_before_norm=problem.norm == "before", scale=scale,
+            read_k=problem.readers if problem.num_partitions else None,
+            cu_seqlens=x["cu_seqlens"] if problem.num_sequences is not None else None,
+        )  # fmt: skip
+        return o.flatten(0, 1)
+
+    return run
+
+
+def graph_pool(device: Device) -> Any:
+    """Memory that the graphs of one comparison share, since only one of them runs at a time; None on a CPU."""
+    return torch.cuda.graph_pool_handle() if device.kind == "cuda" else None
+
+
+def own_sides(name: str, plan: Plan, problem: Problem, device: Device, case: Case, pool: Any) -> list[Side]:
+    """A plan of this project: as a call, and as a replay where `in_graph` says so.
+
+    Args:
+        name: of the side.
+        plan, problem: what runs; the problem may be the forward part of the case's.
+        device, case: where, and with which inputs.
+        pool: of `graph_pool`.
+    """
+    run = own_run(plan, problem, device, case.scale)
+    call = calls_of(run, problem, case.inputs, case.do)[problem.direction]
+    sides = [Side(name, problem.direction, call, peak_bytes(call, device))]
+    if in_graph(plan, device):
+
+        def launches() -> None:
+            execution = Execution(plan, problem, case.inputs, scale=case.scale)
+            execution.forward()
+            if problem.trains:
+                execution.backward(case.do)
+
+        sides.append(Side(name + GRAPH, problem.direction, _captured(launches, pool)))
+    return sides
+
+
+def peak_bytes(call: Callable[[], object], device: Device) -> int | None:
+    """What a warm call allocates at most beside what is there before it, results included; None on a CPU.
+
+    The call is run on a CPU too: one that fails is to fail here and not among those that are timed.
+    """
+    call()
+    if device.kind != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def time_sides(sides: list[Side], where: str, time_limit_s: float) -> list[SideResult]:
+    """All sides in one comparison, in turn: those of one direction are neighbours, in the order given.
+
+    Args:
+        sides: each name once in each direction.
+        where: torch's name of the device.
+        time_limit_s: of the whole comparison.
+    """
+    ordered = sorted(sides, key=lambda side: side.direction)  # stable; "fwd" comes before "fwd+bwd"
+    calls = {f"{side.direction} {side.name}": side.call for side in ordered}
+    assert len(calls) == len(sides), "two sides of one name"
+    timings = compare(calls, where, time_limit_s=time_limit_s)
+    return [
+        SideResult(side.name, side.direction, timing, side.peak_bytes)
+        for side, timing in zip(ordered, timings.values(), strict=True)
+    ]
+
+
+def _captured(call: Callable[[], object], pool: Any) -> Callable[[], object]:
+    """The call as a replay of a CUDA graph; it is run before, so that nothing is compiled inside the capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    return graph.replay

@@ -1,0 +1,65 @@
+"""Sides are timed in turn, by the call a user makes; our own call is the operation."""
+
+import pytest
+import torch
+
+from sse_tune.bench import sides
+from sse_tune.bench.sides import Side
+from sse_tune.device import Device
+from sse_tune.problem import Problem
+from sse_tune.templates.registry import default_plan
+from sse_tune.tuning.compare import exact
+from sse_tune.tuning.jobs import workload
+
+CPU = Device.detect("cpu")
+
+
+def test_all_sides_are_timed_in_turn_those_of_one_direction_beside_each_other():
+    calls = []
+
+    def side(name, direction):
+        return Side(name, direction, lambda: calls.append((name, direction)), len(name))
+
+    made = [side("a", "fwd"), side("a", "fwd+bwd"), side("b", "fwd"), side("b", "fwd+bwd"), side("c", "fwd")]
+    results = sides.time_sides(made, "cpu", time_limit_s=0.01)
+    order = [("a", "fwd"), ("b", "fwd"), ("c", "fwd"), ("a", "fwd+bwd"), ("b", "fwd+bwd")]
+    assert [(result.name, result.direction) for result in results] == order
+    assert len(calls) >= 6 * len(order)  # once to warm up, then at least five times
+    assert calls == order * (len(calls) // len(order))
+    assert {len(result.timing.times_us) for result in results} == {len(calls) // len(order) - 1}
+    assert results[0].to_dict().keys() == {"median_us", "noise_us", "repeats", "peak_bytes"}
+
+
+def test_memory_is_not_known_on_a_cpu_but_a_call_that_fails_fails_there():
+    calls = []
+    assert sides.peak_bytes(lambda: calls.append(1), CPU) is None
+    assert calls
+    with pytest.raises(ZeroDivisionError):
+        sides.peak_bytes(lambda: 1 / 0, CPU)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"batch": 2}, {"num_sequences": 3}, {"shared": False, "read_k": 3}, {"num_partitions": 0, "top_k": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("rule", ["gla", "gdn"])
+def test_our_side_is_the_operation_in_both_directions(rule, more):
+    problem = Problem(rule=rule, seq_len=20, num_heads=2, head_dim=8, norm="after", dtype="fp32", **more)
+    case = workload(problem, "cpu")
+    expected = exact(case).results
+    run = sides.own_run(default_plan(problem, CPU), problem, CPU, case.scale)
+    calls = sides.calls_of(run, problem, case.inputs, case.do)
+    found = calls["fwd+bwd"]()
+    assert set(found) == set(expected)
+    for name, x in expected.items():
+        torch.testing.assert_close(found[name].double(), x, rtol=1e-3, atol=1e-4)
+    forward = problem.replace(direction="fwd")
+    (side,) = sides.own_sides("default", default_plan(forward, CPU), forward, CPU, case, sides.graph_pool(CPU))
+    assert (side.direction, side.peak_bytes) == ("fwd", None)
+    torch.testing.assert_close(side.call(), found["o"], rtol=1e-3, atol=1e-4)
+
+
+def test_a_forward_problem_is_measured_forward_only():
+    assert sides.directions_of(Problem.preset("demo", direction="fwd")) == ("fwd",)
+    assert sides.directions_of(Problem.preset("demo")) == ("fwd", "fwd+bwd")
