@@ -152,7 +152,7 @@ def compile_stage(
         DeviceError: no such architecture.
     """
     device = Device.from_arch(arch)
-    stage = next((stage for stage in stages_of(problem) if stage.name == template.stage), None)
+    stage = next((stage for stage in stages_of(problem, outer) if stage.name == template.stage), None)
     if template.backend != "triton" or stage is None:
         raise CompileError(
             "only a Triton template of a stage of the problem's graph can be compiled ahead of its run",
@@ -172,7 +172,7 @@ def record_launches(
 ) -> list[Launch]:
     """The launches a stage would make, on meta tensors."""
     sizes, launcher = Sizes(problem, int(outer["chunk_size"])), RecordingLauncher()
-    stage = next(stage for stage in stages_of(problem) if stage.name == template.stage)
+    stage = next(stage for stage in stages_of(problem, outer) if stage.name == template.stage)
     tensors = meta_tensors(stage, sizes, outer, with_states=with_states)
     template.run(Call(sizes, Config({**outer, **config}), launcher, problem.key_dim**-0.5), tensors)
     return launcher.launches

@@ -112,15 +112,15 @@ def floor_of(problem: Problem, device: Device, ceilings: Ceilings, outer: Config
             1e6 * moved / ceilings.copy_bytes_per_s,
             1e6 * flops / ceilings.matmul_flops_per_s,
         )
-        for stage in stages_of(problem)
+        for stage in stages_of(problem, chosen)
     )
     compute_us = sum(stage.compute_us for stage in stages)
-    return Floor(ceilings, stages, max(compute_us, 1e6 * call_bytes(problem) / ceilings.copy_bytes_per_s))
+    return Floor(ceilings, stages, max(compute_us, 1e6 * call_bytes(problem, chosen) / ceilings.copy_bytes_per_s))
 
 
-def call_bytes(problem: Problem) -> int:
+def call_bytes(problem: Problem, outer: Config) -> int:
     """The tensors of a call, each once: what even a single kernel must move."""
-    names = {name for stage in stages_of(problem) for name in (*stage.reads, *stage.writes) if name not in BUFFERS}
+    touched = {name for stage in stages_of(problem, outer) for name in (*stage.reads, *stage.writes)}
     item, heads = ITEM_BYTES[problem.dtype], problem.num_heads
     tokens = problem.batch * problem.seq_len
     gate = problem.key_dim if problem.rule == "gla" else 1
@@ -133,7 +133,7 @@ def call_bytes(problem: Problem) -> int:
         "beta": 1,
     }
     total = 0
-    for name in names:
+    for name in touched - BUFFERS.keys():
         plain = name.removeprefix("d_").removeprefix("shared_") if name != "do" else "o"
         streams = 2 if problem.shared and problem.num_partitions and name in ("q", "k", "g", "beta") else 1
         if plain == "router_logits":

@@ -121,7 +121,7 @@ def check_answer(answer: Answer) -> None:
     if problem.bucket.name != answer.bucket:
         raise ExchangeError("`bucket` must be that of `problem`", f"{answer.bucket!r}, not {problem.bucket.name!r}")
     check_plan(answer.plan)
-    if set(answer.plan.stages) != set(stage_names(answer.plan.graph, problem)):
+    if set(answer.plan.stages) != set(stage_names(answer.plan.graph, problem, answer.plan.outer)):
         raise ExchangeError("the plan must choose exactly the stages of its problem", str(sorted(answer.plan.stages)))
     used = {f"{choice.backend}:{choice.template}" for choice in answer.plan.stages.values()}
     if set(answer.sources) != used or set(answer.toolchain) != {name.split(":")[0] for name in used}:

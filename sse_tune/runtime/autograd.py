@@ -51,8 +51,9 @@ def _(
     results = [v.new_empty(v.shape)]
     if output_final_state:
         results.append(v.new_empty(state_shape(posed), dtype=torch.float32))
-    for name in saved_names(posed):
-        shape, dtype = buffer_spec(name, posed, read_plan(plan))
+    chosen = read_plan(plan)
+    for name in saved_names(chosen, posed):
+        shape, dtype = buffer_spec(name, posed, chosen)
         results.append(v.new_empty(shape, dtype=dtype))
     return results
 

@@ -82,7 +82,7 @@ def narrow(plan: Plan, problem: Problem) -> Plan:
     """The part of a training plan that the forward pass runs, for a problem of direction "fwd"."""
     if problem.trains or plan.graph == "whole":
         return plan
-    kept = {name: plan.stages[name] for name in stage_names(plan.graph, problem) if name in plan.stages}
+    kept = {name: plan.stages[name] for name in stage_names(plan.graph, problem, plan.outer) if name in plan.stages}
     # states are stored for the backward pass only
     outer = plan.outer.replace(state_dtype="io") if "state_dtype" in plan.outer else plan.outer
     return dataclasses.replace(plan, outer=outer, stages=kept)

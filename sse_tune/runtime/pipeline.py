@@ -77,9 +77,9 @@ def state_shape(problem: Problem) -> tuple[int, ...]:
     return (problem.sequences, problem.partitions, problem.num_heads, problem.key_dim, problem.value_dim)
 
 
-def saved_names(problem: Problem) -> tuple[str, ...]:
+def saved_names(plan: Plan, problem: Problem) -> tuple[str, ...]:
     """The buffers a forward pass leaves for the backward pass; the inputs are needed there too."""
-    stages = stages_of(problem)
+    stages = stages_of(problem, plan.outer)
     read = {name for stage in stages if stage.backward for name in stage.reads}
     return tuple(n for stage in stages if not stage.backward for n in stage.writes if n in BUFFERS and n in read)
 
@@ -133,7 +133,7 @@ class Execution:
             if name in self.tensors and f"shared_{name}" not in self.tensors:
                 self.tensors[f"shared_{name}"] = self.tensors[name]
         self._whole: tuple[Inputs, torch.Tensor, torch.Tensor] | None = None  # the one-stage graph, as autograd has it
-        self._stages = () if plan.graph == "whole" else stages_of(problem)
+        self._stages = () if plan.graph == "whole" else stages_of(problem, plan.outer)
         self._last_reader = {name: stage.name for stage in self._stages for name in stage.reads}
 
     @classmethod
@@ -150,12 +150,12 @@ class Execution:
     ) -> Execution:
         """The execution as its forward pass left it, from the tensors of `saved()`: only `backward` may follow."""
         execution = cls(plan, problem, inputs, scale=scale, allocate=allocate, launcher=launcher)
-        execution.tensors.update(zip(saved_names(problem), saved, strict=True))
+        execution.tensors.update(zip(saved_names(plan, problem), saved, strict=True))
         return execution
 
     def saved(self) -> list[torch.Tensor]:
         """What `restore` needs besides the inputs, in the order of `saved_names`."""
-        return [self.tensors[name] for name in saved_names(self.problem)]
+        return [self.tensors[name] for name in saved_names(self.plan, self.problem)]
 
     def forward(self) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Runs the forward stages: o `[R, H, V]` and, if asked for, the final state `[S, P, H, K, V]` fp32."""

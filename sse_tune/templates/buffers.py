@@ -105,6 +105,14 @@ def _states(s: Sizes) -> tuple[int, ...]:
     return (s.boundaries, s.problem.num_heads, s.problem.key_dim, s.problem.value_dim)
 
 
+def _decays(s: Sizes) -> tuple[int, ...]:
+    return (s.chunks, s.problem.num_heads, s.problem.key_dim)
+
+
+def _keys(s: Sizes) -> tuple[int, ...]:
+    return (s.problem.num_heads, s.rows, s.problem.key_dim)
+
+
 def _state_products(s: Sizes) -> tuple[int, ...]:
     return (-(-s.problem.value_dim // 64), s.problem.num_heads, s.chunks, s.problem.key_dim)
 
@@ -141,11 +149,14 @@ BUFFERS: dict[str, Buffer] = {
         Buffer("q_scale", "fp32", _scalars, "c: what multiplies q; 0 for rows that do not read"),
         Buffer("g_cumsum", "sum", _scalars, "GDN: b, inclusive in-chunk sum of the log-gates"),
         Buffer("P", "io", _tiles, "the in-chunk scores, scaled and decayed"),
+        Buffer("qg", "io", _keys, "GLA: c q e^b, what reads the state before the chunk"),
+        Buffer("kg", "io", _keys, "GLA: a k e^(b_C - b), what writes into the state after the chunk"),
+        Buffer("decay", "fp32", _decays, "GLA: e^(b_C), what a chunk leaves of the state before it"),
         Buffer("Ag", "io", _tiles, "GDN: G∘A∘beta_col, from W to V'"),
         Buffer("A", "io", _tiles, "GDN: (I+N)^-1"),
+        Buffer("h", "state", _states, "state at each boundary"),
         Buffer("o_rows", "io", _value_rows, "output of each row"),
         # backward
-        Buffer("h", "state", _states, "state at each boundary"),
         Buffer("w", "io", _values, "GDN: W, the values less what the state knows of them"),
         Buffer("dh", "state", _states, "gradient of the state at each boundary"),
         Buffer("h_dh", "fp32", _state_products, "GDN: <h, dh> of each chunk by key, in parts of 64 columns of V"),

@@ -122,7 +122,9 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             for name in (
                 "routing", "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients",
                 "gdn_gradients",
-                "gla_prepare", "gla_scan", "gla_recompute", "gla_state_gradient", "gla_gradients",
+                "gla_prepare", "gla_scan", "gla_recompute", "gla_state_gradient",
+                "gla_decay_rows", "gla_states", "gla_states_split", "gla_output", "gla_states_backward",
+                "gla_states_backward_split", "gla_value_gradients", "gla_gradients", "gla_gradients_near",
                 "combine", "combine_gradients",
             )
         ),
@@ -202,7 +204,7 @@ def default_plan(problem: Problem, device: Device, backend: str | None = None, o
 
 def _default_stages(problem: Problem, device: Device, backend: str, outer: Config) -> dict[str, StageChoice]:
     stages = {}
-    for stage in stage_names(graph_of(backend), problem):
+    for stage in stage_names(graph_of(backend), problem, outer):
         candidates = templates_for(stage, problem, (backend,))
         if not candidates:
             raise PlanError("every stage needs a template", f"{stage!r} of {backend}", "use another backend")
@@ -213,13 +215,15 @@ def _default_stages(problem: Problem, device: Device, backend: str, outer: Confi
 
 def validate_plan(plan: Plan, problem: Problem, device: Device) -> None:
     """Raises PlanError or ConstraintError when a plan cannot run this problem on this device."""
-    needed = stage_names(plan.graph, problem)
+    if plan.graph not in GRAPHS:
+        raise PlanError("the stage graph must be known", f"{plan.graph!r}", f"use one of {', '.join(GRAPHS)}")
+    GRAPHS[plan.graph].validate(problem, plan.outer, device)
+    needed = stage_names(plan.graph, problem, plan.outer)
     if set(plan.stages) != set(needed):
         raise PlanError(
             f"a plan of graph {plan.graph!r} chooses exactly the stages {list(needed)}", str(sorted(plan.stages)),
             "search again for this problem",
         )
-    GRAPHS[plan.graph].validate(problem, plan.outer, device)
     for stage, choice in plan.stages.items():
         template = find_template(choice.backend, choice.template)
         if template.stage != stage or problem.rule not in template.rules:

@@ -45,8 +45,161 @@ def _no_flops(p: Problem, c: int) -> float:
     return 0.0
 
 
-def _score_gradients(problem: Problem) -> tuple[Stage, ...]:
+def _key_value(p: Problem) -> float:
+    return float(p.key_dim * p.value_dim)
+
+
+_ROUTING = Stage(
+    "routing",
+    ("router_logits", "cu_seqlens"),
+    ("weights", "chosen", "perm", "inv", "segment_rows", "segment_chunks", "segment_boundaries", "chunk_table"),
+    _no_flops,
+)
+_COMBINE = Stage("combine", ("inv", "o_rows"), ("o",), _no_flops)
+
+
+def _combine_gradients(problem: Problem) -> Stage:
+    gdn = problem.rule == "gdn"
+    sparse = ("d_q", "d_k", "d_g", *(("d_beta",) if gdn else ()), "d_router_logits")
+    return Stage(
+        "combine_gradients",
+        ("inv", "chosen", "router_logits", "dv_rows", *_ROW_GRADIENTS, *(("dbeta_rows",) if gdn else ())),
+        ("d_v", *(sparse if problem.num_partitions else ())),
+        _no_flops,
+        backward=True,
+    )
+
+
+def _gla_gradients(problem: Problem) -> Stage:
+    return Stage(
+        "gradients",
+        (*_CHUNK, *_QKV, "g", "do", "k_scale", "q_scale", "h", "dh", "initial_state", "d_final_state"),
+        (*_ROW_GRADIENTS, *_shared_gradients(problem, ("q", "k", "g"))),
+        lambda p, c: 4 * _key_value(p) + 2 * c * p.value_dim + 4 * c * p.key_dim,
+        backward=True,
+    )
+
+
+def _gla_stored(problem: Problem) -> tuple[Stage, ...]:
+    """States kept at boundaries. They meet rows decayed beforehand, so that all stages but the first and `gradients`
+    are products of matrices, the same ones forward and backward, and every chunk is a block of its own."""
+    walk = ("perm", "segment_rows", "segment_chunks", "segment_boundaries", "chunk_table", "decay")
+    forward = (
+        _ROUTING,
+        Stage(
+            "decay_rows",
+            (*_CHUNK, "q", "k", "g"),
+            ("P", "qg", "kg", "decay", "k_scale", "q_scale"),
+            lambda p, c: 2 * c * p.key_dim,
+        ),
+        Stage(
+            "states", (*walk, "v", "kg", "initial_state"), ("h", "final_state"), lambda p, c: 2 * _key_value(p)
+        ),
+        Stage(
+            "output",
+            ("perm", "chunk_table", "v", "P", "qg", "h", "initial_state"),
+            ("o_rows",),
+            lambda p, c: 2 * _key_value(p) + 2 * c * p.value_dim,
+        ),
+        _COMBINE,
+    )  # fmt: skip
+    if not problem.trains:
+        return forward
     return (
+        *forward,
+        Stage(
+            "states_backward",
+            (*walk, "do", "qg", "d_final_state"),
+            ("dh", "d_initial_state"),
+            lambda p, c: 2 * _key_value(p),
+            backward=True,
+        ),
+        Stage(
+            "value_gradients",
+            ("perm", "chunk_table", "do", "P", "kg", "dh", "d_final_state"),
+            ("dv_rows",),
+            lambda p, c: 2 * _key_value(p) + 2 * c * p.value_dim,
+            backward=True,
+        ),
+        _gla_gradients(problem),
+        _combine_gradients(problem),
+    )
+
+
+def _gla_recomputed(problem: Problem) -> tuple[Stage, ...]:
+    """States stay in registers with the output, and are gone through once more for the gradients."""
+    scales = ("k_scale", "q_scale", "g")
+    forward = (
+        _ROUTING,
+        Stage("prepare", (*_CHUNK, "q", "k", "g"), ("P", "k_scale", "q_scale"), lambda p, c: 2 * c * p.key_dim),
+        Stage(
+            "scan",
+            (*_WALK, *_QKV, "P", *scales, "initial_state"),
+            ("o_rows", "final_state"),
+            lambda p, c: 4 * _key_value(p) + 2 * c * p.value_dim,
+        ),
+        _COMBINE,
+    )
+    if not problem.trains:
+        return forward
+    return (
+        *forward,
+        Stage(
+            "recompute",
+            (*_WALK, "k", "v", "k_scale", "g", "initial_state"),
+            ("h",),
+            lambda p, c: 2 * _key_value(p),
+            backward=True,
+        ),
+        Stage(
+            "state_gradient",
+            (*_WALK, "q", "k", "do", "P", *scales, "d_final_state"),
+            ("dh", "dv_rows", "d_initial_state"),
+            lambda p, c: 4 * _key_value(p) + 2 * c * p.value_dim,
+            backward=True,
+        ),
+        _gla_gradients(problem),
+        _combine_gradients(problem),
+    )
+
+
+def _gdn_stages(problem: Problem) -> tuple[Stage, ...]:
+    scales = ("k_scale", "q_scale", "g_cumsum")
+    inverse = ("A",) if problem.trains else ()
+    forward = (
+        _ROUTING,
+        Stage(
+            "prepare",
+            (*_CHUNK, "q", "k", "g", "beta"),
+            ("P", "k_scale", "q_scale", "Ag", "g_cumsum", *inverse),
+            lambda p, c: 4 * c * p.key_dim + 2 / 3 * c * c,
+        ),
+        Stage(
+            "scan",
+            (*_WALK, *_QKV, "P", "Ag", *scales, "initial_state"),
+            ("o_rows", "final_state"),
+            lambda p, c: 6 * _key_value(p) + 4 * c * p.value_dim,
+        ),
+        _COMBINE,
+    )
+    if not problem.trains:
+        return forward
+    return (
+        *forward,
+        Stage(
+            "recompute",
+            (*_WALK, "k", "v", "Ag", "k_scale", "g_cumsum", "initial_state"),
+            ("h", "w"),
+            lambda p, c: 4 * _key_value(p) + 2 * c * p.value_dim,
+            backward=True,
+        ),
+        Stage(
+            "state_gradient",
+            (*_WALK, "segment_chunks", "q", "k", "do", "P", "Ag", *scales, "d_final_state", "h", "initial_state"),
+            ("dh", "dv_rows", "d_initial_state", "dv_new", "h_dh"),
+            lambda p, c: 6 * _key_value(p) + 4 * c * p.value_dim,
+            backward=True,
+        ),
         Stage(
             "score_gradients",
             (*_CHUNK, "k", "do", "beta", "P", "Ag", "A", "k_scale", "g_cumsum", "w", "dv_new"),
@@ -54,93 +207,33 @@ def _score_gradients(problem: Problem) -> tuple[Stage, ...]:
             lambda p, c: 6 * c * p.value_dim + 2 * c * p.key_dim + 4 * c * c,
             backward=True,
         ),
-    )
-
-
-def stages_of(problem: Problem) -> tuple[Stage, ...]:
-    """The staged graph of a problem, in the order the stages run."""
-    gdn = problem.rule == "gdn"
-    scales = ("k_scale", "q_scale", "g_cumsum" if gdn else "g")
-    solved = ("Ag",) if gdn else ()
-    inverse = ("A",) if gdn and problem.trains else ()
-    initial, final = ("initial_state",), ("final_state",)
-
-    def key_value(p: Problem) -> float:
-        return float(p.key_dim * p.value_dim)
-
-    forward = (
-        Stage(
-            "routing",
-            ("router_logits", "cu_seqlens"),
-            (
-                "weights", "chosen", "perm", "inv", "segment_rows", "segment_chunks", "segment_boundaries",
-                "chunk_table",
-            ),
-            _no_flops,
-        ),
-        Stage(
-            "prepare",
-            (*_CHUNK, "q", "k", "g", *(("beta",) if gdn else ())),
-            ("P", "k_scale", "q_scale", *(("Ag", "g_cumsum") if gdn else ()), *inverse),
-            (lambda p, c: 4 * c * p.key_dim + 2 / 3 * c * c) if gdn else (lambda p, c: 2 * c * p.key_dim),
-        ),
-        Stage(
-            "scan",
-            (*_WALK, *_QKV, "P", *solved, *scales, *initial),
-            ("o_rows", *final),
-            (lambda p, c: 6 * key_value(p) + 4 * c * p.value_dim)
-            if gdn
-            else (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim),
-        ),
-        Stage("combine", ("inv", "o_rows"), ("o",), _no_flops),
-    )
-    if not problem.trains:
-        return forward
-    sparse = ("d_q", "d_k", "d_g", *(("d_beta",) if gdn else ()), "d_router_logits")
-    backward = (
-        Stage(
-            "recompute",
-            (*_WALK, "k", "v", *solved, *(name for name in scales if name != "q_scale"), *initial),
-            ("h", "w") if gdn else ("h",),
-            (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim) if gdn else (lambda p, c: 2 * key_value(p)),
-            backward=True,
-        ),
-        Stage(
-            "state_gradient",
-            (*_WALK, "q", "k", "do", "P", *solved, *scales, "d_final_state")
-            + (("segment_chunks", "h", *initial) if gdn else ()),
-            ("dh", "dv_rows", "d_initial_state", *(("dv_new", "h_dh") if gdn else ())),
-            (lambda p, c: 6 * key_value(p) + 4 * c * p.value_dim)
-            if gdn
-            else (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim),
-            backward=True,
-        ),
-        *(_score_gradients(problem) if gdn else ()),
         Stage(
             "gradients",
-            (*_CHUNK, "q", "k", "do", *scales, "h", "dh", *initial, "d_final_state")
-            + (("Ag", "w", "dv_rows", "dp", "dn", "db", "h_dh") if gdn else ("v",)),
+            (
+                *_CHUNK, "q", "k", "do", *scales, "h", "dh", "initial_state", "d_final_state", "Ag", "w", "dv_rows",
+                "dp", "dn", "db", "h_dh",
+            ),
             (*_ROW_GRADIENTS, *_shared_gradients(problem, ("q", "k", "g"))),
-            (lambda p, c: 6 * key_value(p) + 2 * c * p.value_dim + 6 * c * p.key_dim)
-            if gdn
-            else (lambda p, c: 4 * key_value(p) + 2 * c * p.value_dim + 4 * c * p.key_dim),
+            lambda p, c: 6 * _key_value(p) + 2 * c * p.value_dim + 6 * c * p.key_dim,
             backward=True,
         ),
-        Stage(
-            "combine_gradients",
-            ("inv", "chosen", "router_logits", "dv_rows", *_ROW_GRADIENTS, *(("dbeta_rows",) if gdn else ())),
-            ("d_v", *(sparse if problem.num_partitions else ())),
-            _no_flops,
-            backward=True,
-        ),
+        _combine_gradients(problem),
     )
-    return forward + backward
+
+
+def stages_of(problem: Problem, outer: Config) -> tuple[Stage, ...]:
+    """The staged graph of a problem under a plan's outer choices, in the order the stages run."""
+    if problem.rule == "gdn":
+        return _gdn_stages(problem)
+    return _gla_stored(problem) if outer["states"] == "store" else _gla_recomputed(problem)
 
 
 STAGED_OUTER = Space(
     params=(
         Param("chunk_size", (16, 32, 64, 128), 64, "C, rows of one chunk"),
         Param("state_dtype", ("io", "fp32"), "io", "of the stored chunk states: the problem's dtype, or fp32"),
+        Param("states", ("recompute", "store"), "recompute",
+              "gone through with the output and once more for the gradients; GLA: or kept at boundaries for both"),
     ),
     constraints=(
         # every row tile is held in registers next to the state: C·K fp32 beyond this spills on all targets
@@ -148,6 +241,7 @@ STAGED_OUTER = Space(
         Constraint("C=128 needs 16-bit operands", lambda p, c, d: c["chunk_size"] < 128 or p.dtype != "fp32"),
         Constraint("fp32 states differ from io only for 16-bit dtypes in training",
                    lambda p, c, d: c["state_dtype"] == "io" or (p.dtype != "fp32" and p.trains)),
+        Constraint("GDN recomputes its states", lambda p, c, d: p.rule == "gla" or c["states"] == "recompute"),
     ),
 )
 
@@ -157,12 +251,14 @@ WHOLE_OUTER = Space()
 GRAPHS: dict[str, Space] = {"staged": STAGED_OUTER, "whole": WHOLE_OUTER}
 
 
-def stage_names(graph: str, problem: Problem) -> tuple[str, ...]:
-    """The stages a plan of this graph must choose a template for; "whole" is one stage that does everything."""
+def stage_names(graph: str, problem: Problem, outer: Config) -> tuple[str, ...]:
+    """The stages a plan of this graph must choose a template for; "whole" is one stage that does everything.
+
+    `outer` must have passed the graph's space."""
     if graph == "whole":
         return ("whole",)
     if graph == "staged":
-        return tuple(stage.name for stage in stages_of(problem))
+        return tuple(stage.name for stage in stages_of(problem, outer))
     raise PlanError("the stage graph must be known", f"{graph!r}", f"use one of {', '.join(GRAPHS)}")
 
 

@@ -37,7 +37,7 @@ def predicted_us(problem: Problem, outer: Config) -> float:
     chunk_size = int(outer["chunk_size"])
     return sum(
         1e6 * max(stage_bytes(s, problem, outer) / _BYTES_PER_S, stage_flops(s, problem, chunk_size) / _FLOPS_PER_S)
-        for s in stages_of(problem)
+        for s in stages_of(problem, outer)
     )
 
 

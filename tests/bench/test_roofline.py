@@ -11,15 +11,17 @@ from sse_tune.templates.stages import stages_of
 H200 = Ceilings(copy_bytes_per_s=4.26e12, matmul_flops_per_s=680e12)
 
 
+OUTER = Config(chunk_size=64, state_dtype="io", states="recompute")
+
+
 def floor(problem, ceilings=H200, **outer):
-    chosen = Config({"chunk_size": 64, "state_dtype": "io", **outer})
-    return floor_of(problem, Device.from_arch("sm_90"), ceilings, chosen)
+    return floor_of(problem, Device.from_arch("sm_90"), ceilings, OUTER.replace(**outer))
 
 
 def test_each_stage_takes_the_longer_of_memory_and_compute():
     problem = Problem.preset("spikingbrain2-5b")
     found = floor(problem)
-    assert [stage.name for stage in found.stages] == [stage.name for stage in stages_of(problem)]
+    assert [stage.name for stage in found.stages] == [stage.name for stage in stages_of(problem, OUTER)]
     for stage in found.stages:
         assert stage.time_us == max(stage.memory_us, stage.compute_us)
         assert stage.memory_us == pytest.approx(1e6 * stage.bytes / 4.26e12)
@@ -42,10 +44,10 @@ def test_the_floor_grows_with_the_length_and_hardly_with_the_partitions():
 def test_call_bytes_counts_each_tensor_once():
     plain = Problem(rule="gla", seq_len=10, num_heads=2, head_dim=4, num_partitions=0, top_k=0, direction="fwd")
     # q, k, v, g and o of [10, 2, 4], two bytes a number
-    assert call_bytes(plain) == 5 * 10 * 2 * 4 * 2
+    assert call_bytes(plain, OUTER) == 5 * 10 * 2 * 4 * 2
     sparse = plain.replace(num_partitions=3, top_k=1, read_k=1)
     # beside them the always-on q, k, g, and the logits
-    assert call_bytes(sparse) == (5 + 3) * 10 * 2 * 4 * 2 + 10 * 3 * 4
+    assert call_bytes(sparse, OUTER) == (5 + 3) * 10 * 2 * 4 * 2 + 10 * 3 * 4
 
 
 def test_ceilings_are_measured():

@@ -21,9 +21,9 @@ ROWS = {"q": "dq_rows", "k": "dk_rows", "g": "dg_rows", "beta": "dbeta_rows"}
 
 
 def plan_of(problem, chunk_size=16):
-    config = Config()
-    stages = {stage.name: StageChoice("fake", stage.name, config) for stage in stages_of(problem)}
-    return Plan("staged", Config(chunk_size=chunk_size, state_dtype="io"), stages)
+    config, outer = Config(), Config(chunk_size=chunk_size, state_dtype="io", states="recompute")
+    stages = {stage.name: StageChoice("fake", stage.name, config) for stage in stages_of(problem, outer)}
+    return Plan("staged", outer, stages)
 
 
 class Fakes:
@@ -42,7 +42,7 @@ class Fakes:
 
     def run(self, name, call, tensors):
         problem = call.sizes.problem
-        stage = next(stage for stage in stages_of(problem) if stage.name == name)
+        stage = next(stage for stage in stages_of(problem, call.config) if stage.name == name)
         self.alive[name] = set(tensors)
         optional = {"initial_state", "final_state", "d_final_state", "d_initial_state"}
         optional |= {"router_logits"} if problem.num_partitions == 0 else set()
@@ -51,7 +51,7 @@ class Fakes:
         getattr(self, f"_{name}", lambda call, tensors: None)(call, tensors)
 
     def _routing(self, call, tensors):
-        for name in stages_of(call.sizes.problem)[0].writes:
+        for name in stages_of(call.sizes.problem, call.config)[0].writes:
             tensors[name].zero_()
 
     def _scan(self, call, tensors):

@@ -87,8 +87,8 @@ def test_buffers_live_until_their_last_reader(name, fakes, poisoned_empty):
     )
     o, _ = execution.forward()
     assert not o.isnan().any()
-    assert {n for n in execution.tensors if n in BUFFERS} == set(saved_names(problem))
-    assert "o_rows" not in saved_names(problem) and "P" in saved_names(problem)
+    assert {n for n in execution.tensors if n in BUFFERS} == set(saved_names(plan_of(problem), problem))
+    assert "o_rows" not in saved_names(plan_of(problem), problem) and "P" in saved_names(plan_of(problem), problem)
     gradients = execution.backward(torch.ones_like(o))
     assert not any(name in BUFFERS for name in execution.tensors)
     present = inputs.present()
@@ -101,7 +101,7 @@ def test_buffers_live_until_their_last_reader(name, fakes, poisoned_empty):
 def test_inference_keeps_nothing(fakes):
     arguments = arguments_of(make_case("gla"))
     problem = pose(check(arguments))
-    assert problem.direction == "fwd" and saved_names(problem) == ()
+    assert problem.direction == "fwd" and saved_names(plan_of(problem), problem) == ()
     execution = Execution(plan_of(problem), problem, flatten(arguments), scale=1.0)
     _, final_state = execution.forward()
     assert final_state is None

@@ -19,7 +19,7 @@ from sse_tune.runtime.pipeline import Execution, Inputs
 from sse_tune.space import Config
 from sse_tune.templates import registry
 from sse_tune.templates.buffers import Sizes
-from sse_tune.templates.registry import default_plan, templates_for
+from sse_tune.templates.registry import default_plan, templates_for, templates_of
 from sse_tune.templates.stages import GRAPHS, stages_of
 
 pytestmark = pytest.mark.interpret
@@ -338,7 +338,7 @@ def run_routing(problem, inputs, block_t, chunk_size, allocate):
     plan = default_plan(problem, DEVICE, "triton", outer_of(problem, chunk_size=chunk_size))
     choice = StageChoice("triton", "routing", Config(block_t=block_t, num_warps=4))
     execution = Execution(plan, problem, inputs, scale=1.0, allocate=allocate, keep=True)
-    for stage in stages_of(problem)[:1]:
+    for stage in stages_of(problem, plan.outer)[:1]:
         assert stage.name == "routing"
         for name in stage.writes:
             shape, dtype = execution._spec(name)
@@ -373,31 +373,58 @@ def test_hard_logits_through_the_whole(rule, kind, poisoned_empty):
     compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=16))
 
 
+def outer_with(problem, stage, **changes):
+    """Outer choices under which a problem has the stage."""
+    for states in ("recompute", "store"):
+        outer = outer_of(problem, **changes, states=states)
+        is_valid = not GRAPHS["staged"].violations(problem, outer, DEVICE)
+        if is_valid and stage in {one.name for one in stages_of(problem, outer)}:
+            return outer
+    raise AssertionError(f"no outer choice has a stage {stage}")
+
+
 def variants():
+    """Each template but the default ones, and each value of each parameter but the default one."""
     for rule in ("gla", "gdn"):
         problem = problem_of(rule)
-        for stage in stages_of(problem):
-            (template, *_) = templates_for(stage.name, problem, ("triton",))
-            for param in template.space.params:
-                if param.name not in ("num_warps", "num_stages"):  # the interpreter knows neither
-                    for value in param.values:
-                        if value != param.default:
-                            yield pytest.param(rule, stage.name, param.name, value,
-                                               id=f"{template.name}-{param.name}-{value}-{rule}")
+        for template in templates_of("triton"):
+            if rule in template.rules:
+                if template != templates_for(template.stage, problem, ("triton",))[0]:
+                    yield pytest.param(rule, template.name, None, None, id=f"{template.name}-{rule}")
+                for param in template.space.params:
+                    if param.name not in ("num_warps", "num_stages"):  # the interpreter knows neither
+                        for value in param.values:
+                            if value != param.default:
+                                yield pytest.param(rule, template.name, param.name, value,
+                                                   id=f"{template.name}-{param.name}-{value}-{rule}")
 
 
-@pytest.mark.parametrize(("rule", "stage", "name", "value"), list(variants()))
-def test_parameters_change_no_result(rule, stage, name, value, poisoned_empty):
+@pytest.mark.parametrize(("rule", "template", "name", "value"), list(variants()))
+def test_parameters_change_no_result(rule, template, name, value, poisoned_empty):
     problem = problem_of(rule, "after", seq_len=20, head_dim=24, head_dim_v=40, num_heads=1, num_partitions=2, top_k=1)
-    outer = outer_of(problem, chunk_size=32)
+    template = registry.find_template("triton", template)
+    outer = outer_with(problem, template.stage, chunk_size=16)
     plan = default_plan(problem, DEVICE, "triton", outer)
-    template = registry.find_template("triton", plan.stages[stage].template)
-    configs = [c for c in template.space.configs(problem, DEVICE, outer) if c[name] == value]
+    configs = [c for c in template.space.configs(problem, DEVICE, outer) if name is None or c[name] == value]
     if not configs:  # a tile wider than the head: the constraint must be what says so
-        assert template.space.violations(problem, plan.stages[stage].config.replace(**{name: value}), DEVICE, outer)
+        default = template.space.default(problem, DEVICE, outer)
+        assert template.space.violations(problem, default.replace(**{name: value}), DEVICE, outer)
         return
-    plan = plan.replace_stage(stage, StageChoice("triton", template.name, configs[0]))
-    compare(problem, make_inputs(problem), poisoned_empty, plan=plan)
+    plan = plan.replace_stage(template.stage, StageChoice("triton", template.name, configs[0]))
+    compare(problem, make_inputs(problem, initial=name is None), poisoned_empty, plan=plan)
+
+
+@NORMS
+@pytest.mark.parametrize("gate", [0.1, 1.0, 30.0])
+def test_gla_takes_near_and_far_gates(norm, gate, poisoned_empty):
+    """With states kept: pairs in one product where gates allow it, by halves where they do not, both in one call."""
+    problem = problem_of("gla", norm, seq_len=50, num_heads=1)
+    inputs = make_inputs(problem, initial=True, gate=gate)
+    inputs.g[:25] *= 0.01
+    plan = default_plan(problem, DEVICE, "triton", outer_of(problem, chunk_size=32, states="store"))
+    near = registry.find_template("triton", "gla_gradients_near")
+    choice = StageChoice("triton", near.name, near.space.default(problem, DEVICE, plan.outer))
+    compare(problem, inputs, poisoned_empty, plan=plan.replace_stage("gradients", choice))
 
 
 SPOILED = {
@@ -409,16 +436,21 @@ SPOILED_OF_GDN = {
     "A": "prepare", "Ag": "prepare", "w": "recompute", "dv_new": "state_gradient", "h_dh": "state_gradient",
     "dp": "score_gradients", "dn": "score_gradients", "db": "score_gradients", "dbeta_rows": "score_gradients",
 }  # fmt: skip
+SPOILED_OF_STORED_GLA = {
+    "k_scale": "decay_rows", "P": "decay_rows", "qg": "decay_rows", "kg": "decay_rows", "decay": "decay_rows",
+    "h": "states", "o_rows": "output", "dh": "states_backward", "dv_rows": "value_gradients",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("rule", "buffer"),
-    [(rule, buffer) for rule in ("gla", "gdn") for buffer in SPOILED] + [("gdn", buffer) for buffer in SPOILED_OF_GDN],
+    ("rule", "states", "buffer", "stage"),
+    [(rule, "recompute", *spoiled) for rule in ("gla", "gdn") for spoiled in SPOILED.items()]
+    + [("gdn", "recompute", *spoiled) for spoiled in SPOILED_OF_GDN.items()]
+    + [("gla", "store", *spoiled) for spoiled in SPOILED_OF_STORED_GLA.items()],
 )
-def test_a_broken_kernel_turns_the_check_red(rule, buffer, poisoned_empty, monkeypatch):
+def test_a_broken_kernel_turns_the_check_red(rule, states, buffer, stage, poisoned_empty, monkeypatch):
     """One chunk of what one stage wrote, off by a hundredth: the comparison above must not let it pass."""
     problem = problem_of(rule, num_heads=1, seq_len=20, num_partitions=2, top_k=1)
-    stage = {**SPOILED, **SPOILED_OF_GDN}[buffer]
     (good,) = templates_for(stage, problem, ("triton",))[:1]
 
     def broken(call, tensors):
@@ -430,7 +462,7 @@ def test_a_broken_kernel_turns_the_check_red(rule, buffer, poisoned_empty, monke
         rows = range(sizes.shared_rows, min(sizes.shared_rows + sizes.chunk_size, sizes.rows))  # a sparse chunk
         if buffer in ("h", "dh"):
             spoiled[0].mul_(1.01)
-        elif buffer == "h_dh":
+        elif buffer in ("h_dh", "decay"):
             spoiled.mul_(1.1)
         elif sizes.rows in spoiled.shape:
             spoiled.index_copy_(spoiled.shape.index(sizes.rows), torch.tensor(rows), 1.01 * spoiled.index_select(
@@ -446,4 +478,4 @@ def test_a_broken_kernel_turns_the_check_red(rule, buffer, poisoned_empty, monke
     )
     inputs = make_inputs(problem, initial=True)
     with pytest.raises(AssertionError, match="worst row"):
-        compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=16))
+        compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=16, states=states))
