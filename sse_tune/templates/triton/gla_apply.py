@@ -36,7 +36,7 @@ MODULE = "sse_tune.templates.triton.gla_apply"
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
-    """Rows and a state in flight; with them the call's own state in fp32, or the scores and the values; the result on its
+    """Rows and a state in flight, with the call's own state in fp32 or the scores and values; the result on its
     way to the layout of its store."""
     c, bk, bv = int(config["chunk_size"]), int(config["block_k"]), int(config["block_v"])
     item = common.item_bytes(problem)

@@ -34,10 +34,10 @@ if TYPE_CHECKING:
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
-    """The gates' two parts, two dot operands, and the scores."""
+    """The gates' two parts, dot operands on their way from one layout to another, and the scores."""
     c, bk = int(config["chunk_size"]), int(config["block_k"])
     wide = 4 if problem.dtype == "fp16" else common.item_bytes(problem)
-    return (4 + 2 * wide) * c * bk + 4 * c * c + 4096
+    return (4 + 3 * wide) * c * bk + 4 * c * c + 4096
 
 
 SPACE = Space(
