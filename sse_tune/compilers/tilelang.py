@@ -174,9 +174,10 @@ def _generate(program: Program, arch: str) -> tuple[str, str, int]:
     from tilelang.engine.lower import lower
 
     target = tvm.target.Target({"kind": "cuda", "arch": arch})
+    capability = int(arch.removeprefix("sm_").removesuffix("a"))
     factory = getattr(importlib.import_module(program.module), program.factory)
     with tvm.transform.PassContext(opt_level=3, config=dict(_PASSES)), target:
-        lowered = lower(factory(**dict(program.constants)), target=target)
+        lowered = lower(factory(**dict(program.constants), CAPABILITY=capability), target=target)
     ((variable, function),) = lowered.device_mod.functions_items()
     attributes: Any = function.attrs
     smem_bytes = int(attributes["dyn_shared_memory_buf"]) if "dyn_shared_memory_buf" in attributes else 0

@@ -38,7 +38,7 @@ class Program:
 
     Args:
         module: where the factory is.
-        factory: `factory(**constants)` gives the compiler's own object.
+        factory: `factory(**constants, CAPABILITY=90)` gives the compiler's own object.
         constants: name and value, all that the code depends on.
         sources: the modules whose code it is.
     """
@@ -147,7 +147,7 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "tilelang": (
         "tilelang",
         "staged",
-        tuple(f"sse_tune.templates.tilelang.{name}" for name in ("gdn_scan",)),
+        tuple(f"sse_tune.templates.tilelang.{name}" for name in ("gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_gradients")),
     ),
     "torch": ("torch", "whole", ("sse_tune.templates.torch.whole",)),
 }

@@ -33,6 +33,10 @@ OPERANDS = (
 )
 
 
+# copies do not convert
+IO_STATES = Constraint("stored states must be of the problem's dtype", lambda p, c, d: c["state_dtype"] == "io")
+
+
 def block_v_constraints() -> tuple[Constraint, ...]:
     """The bounds of a parameter that cuts V into tiles."""
     return (Constraint("block_v must divide V", lambda p, c, d: p.value_dim % c["block_v"] == 0),)
@@ -102,13 +106,31 @@ def walk_smem_bytes(problem: Problem, config: Config, keys: int, squares: int, v
     return int(config["num_stages"]) * slot + made + 1024
 
 
-def copies(T: Any, threads: int, lanes: int) -> SimpleNamespace:
+def copies(T: Any, threads: int, lanes: int, capability: int) -> SimpleNamespace:
     """The macros of the copies, for blocks of `threads` threads. A tile of `rows` rows of `width` values is taken in
     passes of all threads, VECTOR values each."""
+    has_proxies = capability >= 90
 
     def passes(rows: int, width: int) -> int:
         assert rows * width % (threads * VECTOR) == 0, (rows, width, threads)
         return rows * width // (threads * VECTOR)
+
+    def element(tile: Any, row: Any, column: Any) -> Any:
+        """Of a tile without slots, or of the one slot it has."""
+        return tile[row, column] if len(tile.shape) == 2 else tile[0, row, column]
+
+    @T.macro
+    def fence():
+        """What this thread wrote to shared memory is seen by the tensor cores after the next barrier."""
+        if has_proxies:
+            T.fence_proxy_async()
+
+    @T.macro
+    def arrive(pending):
+        """All threads' copies but those of the last `pending` groups are there for all threads."""
+        T.ptx_wait_group(pending)
+        fence()
+        T.sync_threads()
 
     @T.macro
     def load_slots(perm, slots, first, n_left, tx, rows, width):
@@ -131,6 +153,20 @@ def copies(T: Any, threads: int, lanes: int) -> SimpleNamespace:
             )
 
     @T.macro
+    def gather_or_zero(source, tile, at, slots, i_h, column, n_left, tx, rows, width):
+        """A tile of rows by their tokens; those past the end are 0."""
+        for p in T.unroll(passes(rows, width)):
+            i = p * threads + tx
+            o_d = i % (width // VECTOR) * VECTOR
+            token = T.Cast("int64", T.truncdiv(slots[p], lanes))
+            T.ptx_cp_async(
+                T.access_ptr(tile[at, i // (width // VECTOR), o_d], "w", VECTOR),
+                T.access_ptr(source[token, i_h, column + o_d], "r", VECTOR),
+                VECTOR,
+                predicate=i // (width // VECTOR) < n_left,
+            )
+
+    @T.macro
     def copy_by_head(source, tile, at, first, n_left, i_h, column, tx, rows, width):
         """A tile of rows of a [H, M, *] tensor."""
         for p in T.unroll(passes(rows, width)):
@@ -144,6 +180,33 @@ def copies(T: Any, threads: int, lanes: int) -> SimpleNamespace:
             )
 
     @T.macro
+    def copy_rows(source, tile, at, first, n_left, i_h, column, tx, rows, width):
+        """A tile of rows of a [M, H, *] tensor."""
+        for p in T.unroll(passes(rows, width)):
+            i = p * threads + tx
+            o_d = i % (width // VECTOR) * VECTOR
+            row = T.Cast("int64", first + T.min(i // (width // VECTOR), n_left - 1))
+            T.ptx_cp_async(
+                T.access_ptr(tile[at, i // (width // VECTOR), o_d], "w", VECTOR),
+                T.access_ptr(source[row, i_h, column + o_d], "r", VECTOR),
+                VECTOR,
+            )
+
+    @T.macro
+    def copy_state(source, tile, at, i_boundary, i_h, column, tx, rows, width):
+        """Columns of a state of a [*, H, K, V] tensor."""
+        for p in T.unroll(passes(rows, width)):
+            i = p * threads + tx
+            o_d = i % (width // VECTOR) * VECTOR
+            T.ptx_cp_async(
+                T.access_ptr(tile[at, i // (width // VECTOR), o_d], "w", VECTOR),
+                T.access_ptr(
+                    source[T.Cast("int64", i_boundary), i_h, i // (width // VECTOR), column + o_d], "r", VECTOR
+                ),
+                VECTOR,
+            )
+
+    @T.macro
     def copy_scalars(source, numbers, at, first, n_left, i_h, tx, rows):
         """One fp32 number a row of a [H, M] tensor."""
         if tx < rows:
@@ -151,6 +214,27 @@ def copies(T: Any, threads: int, lanes: int) -> SimpleNamespace:
             T.ptx_cp_async(
                 T.access_ptr(numbers[at, tx], "w", 1), T.access_ptr(source[i_h, row], "r", 1), 1
             )
+
+    @T.macro
+    def store_by_head(tile, target, first, n_left, i_h, column, tx, rows, width):
+        """A tile of shared memory to rows of a [H, M, *] tensor."""
+        for p in T.unroll(passes(rows, width)):
+            i = p * threads + tx
+            row = i // (width // VECTOR)
+            o_d = i % (width // VECTOR) * VECTOR
+            if row < n_left:
+                for e in T.vectorized(VECTOR):
+                    target[i_h, T.Cast("int64", first + row), column + o_d + e] = element(tile, row, o_d + e)
+
+    @T.macro
+    def store_state(tile, target, i_boundary, i_h, column, tx, rows, width):
+        """A tile of shared memory to columns of a state of a [*, H, K, V] tensor."""
+        for p in T.unroll(passes(rows, width)):
+            i = p * threads + tx
+            row = i // (width // VECTOR)
+            o_d = i % (width // VECTOR) * VECTOR
+            for e in T.vectorized(VECTOR):
+                target[T.Cast("int64", i_boundary), i_h, row, column + o_d + e] = element(tile, row, o_d + e)
 
     @T.macro
     def store_rows(tile, target, first, n_left, i_h, column, tx, rows, width):
@@ -161,11 +245,12 @@ def copies(T: Any, threads: int, lanes: int) -> SimpleNamespace:
             o_d = i % (width // VECTOR) * VECTOR
             if row < n_left:
                 for e in T.vectorized(VECTOR):
-                    target[T.Cast("int64", first + row), i_h, column + o_d + e] = tile[row, o_d + e]
+                    target[T.Cast("int64", first + row), i_h, column + o_d + e] = element(tile, row, o_d + e)
 
     return SimpleNamespace(
-        passes=passes, load_slots=load_slots, gather=gather, copy_by_head=copy_by_head, copy_scalars=copy_scalars,
-        store_rows=store_rows,
+        passes=passes, fence=fence, arrive=arrive, load_slots=load_slots, gather=gather, gather_or_zero=gather_or_zero,
+        copy_by_head=copy_by_head, copy_rows=copy_rows, copy_state=copy_state, copy_scalars=copy_scalars,
+        store_rows=store_rows, store_by_head=store_by_head, store_state=store_state,
     )  # fmt: skip
 
 

@@ -44,11 +44,11 @@ SPACE = Space(
 
 def factory(
     H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BV: int, STAGES: int, PARTITIONS: int,
-    HAS_SHARED: bool, HAS_INITIAL: bool, HAS_FINAL: bool,
+    HAS_SHARED: bool, HAS_INITIAL: bool, HAS_FINAL: bool, CAPABILITY: int,
 ) -> Any:  # fmt: skip
     import tilelang.language as T
 
-    io = common.copies(T, THREADS, L)
+    io = common.copies(T, THREADS, L, CAPABILITY)
     NV = V // BV
     by_columns, by_rows = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
     R, S, M = T.dynamic("R", "int64"), T.dynamic("S", "int64"), T.dynamic("M", "int64")
@@ -144,26 +144,19 @@ def factory(
                     )  # fmt: skip
                 T.ptx_commit_group()
             for i in T.serial(n_chunks):
+                ahead = i + STAGES - 1
                 if STAGES == 1:
                     T.sync_threads()
-                    fetch(
-                        i, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_v, b_P, b_Ag, b_a,
-                        b_c, b_b, slots_k, slots_v, first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
-                    )  # fmt: skip
-                    T.ptx_commit_group()
-                    T.ptx_wait_group(0)
-                    T.fence_proxy_async()
-                    T.sync_threads()
                 else:
-                    T.ptx_wait_group(STAGES - 2)
-                    T.fence_proxy_async()
-                    T.sync_threads()
-                    if i + STAGES - 1 < n_chunks:
-                        fetch(
-                            i + STAGES - 1, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_v, b_P, b_Ag, b_a,
-                            b_c, b_b, slots_k, slots_v, first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
-                        )  # fmt: skip
-                    T.ptx_commit_group()
+                    io.arrive(STAGES - 2)
+                if ahead < n_chunks:
+                    fetch(
+                        ahead, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_v, b_P,
+                        b_Ag, b_a, b_c, b_b, slots_k, slots_v, first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
+                    )  # fmt: skip
+                T.ptx_commit_group()
+                if STAGES == 1:
+                    io.arrive(0)
                 at = i % STAGES
                 n_left = n_rows - i * C
                 if tx < C:
@@ -173,19 +166,19 @@ def factory(
                     b_read[tx] = b_c[at, tx] * up
                     b_down[tx] = a * T.exp(b_b[at, C - 1] - b_b[at, tx])
                 T.copy(b_state, b_low)
-                T.fence_proxy_async()
+                io.fence()
                 T.gemm(b_k[at, :, :], b_low, b_x, clear_accum=True, policy=by_columns)
                 for i_c, j in T.Parallel(C, BV):
                     b_x[i_c, j] = b_v[at, i_c, j] - b_kept[i_c] * b_x[i_c, j]
                 T.copy(b_x, b_v[at, :, :])
-                T.fence_proxy_async()
+                io.fence()
                 T.gemm(b_q[at, :, :], b_low, b_o, clear_accum=True, policy=by_columns)
                 T.gemm(b_Ag[at, :, :], b_v[at, :, :], b_x, clear_accum=True, policy=by_columns)
                 T.copy(b_x, b_new)
                 for i_c, j in T.Parallel(C, BV):
                     b_x[i_c, j] *= b_down[i_c]
                 T.copy(b_x, b_in)
-                T.fence_proxy_async()
+                io.fence()
                 for i_c, j in T.Parallel(C, BV):
                     b_o[i_c, j] *= b_read[i_c]
                 for i_k, j in T.Parallel(K, BV):
