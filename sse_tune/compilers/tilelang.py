@@ -35,7 +35,6 @@ _PASSES = {
     "tl.disable_safe_memory_legalize": True,  # the kernels mask by rows; no other index can be out of range
 }
 _FLAGS = ("-O3", "-std=c++20", "-w", "-Xptxas", "-v")
-_TYPES = {"int": "int32", "int64_t": "int64", "float": "float32"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,19 +156,19 @@ def _store(folder: pathlib.Path, built: Built) -> None:
 
 def _compile(program: Program, arch: str) -> Built:
     full = f"{arch}a" if arch in _OWN_INSTRUCTIONS else arch
-    source, name, smem_bytes = _generate(program, full)
+    source, name, parameters, smem_bytes = _generate(program, full)
     cubin, said = _assemble(source, full)
     found = re.search(r"(\d+) bytes stack frame.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?", said, re.DOTALL)
     if found is None:
         raise CompileError("ptxas must tell what a kernel uses", f"{said.strip()[-200:]!r}", "check nvcc")
     return Built(
-        name=name, parameters=_parameters(source, name), registers=int(found[2]), stack_bytes=int(found[1]),
+        name=name, parameters=parameters, registers=int(found[2]), stack_bytes=int(found[1]),
         dynamic_smem_bytes=smem_bytes, static_smem_bytes=int(found[3] or 0), cubin=cubin,
     )  # fmt: skip
 
 
-def _generate(program: Program, arch: str) -> tuple[str, str, int]:
-    """CUDA C++ of a program, the name of its kernel, and its dynamic shared memory."""
+def _generate(program: Program, arch: str) -> tuple[str, str, tuple[Parameter, ...], int]:
+    """CUDA C++ of a program, the name and parameters of its kernel, and its dynamic shared memory."""
     from tilelang import tvm
     from tilelang.engine.lower import lower
 
@@ -181,7 +180,7 @@ def _generate(program: Program, arch: str) -> tuple[str, str, int]:
     ((variable, function),) = lowered.device_mod.functions_items()
     attributes: Any = function.attrs
     smem_bytes = int(attributes["dyn_shared_memory_buf"]) if "dyn_shared_memory_buf" in attributes else 0
-    return lowered.kernel_source, str(variable.name_hint), smem_bytes
+    return lowered.kernel_source, str(variable.name_hint), _parameters(function), smem_bytes
 
 
 def _assemble(source: str, arch: str) -> tuple[bytes, str]:
@@ -202,13 +201,10 @@ def _assemble(source: str, arch: str) -> tuple[bytes, str]:
         return binary.read_bytes(), said
 
 
-def _parameters(source: str, name: str) -> tuple[Parameter, ...]:
-    declared = re.search(rf'extern "C" __global__ void {name}\(([^)]*)\);', source)
-    assert declared is not None, f"no declaration of {name}"
-    parameters = []
-    for text in declared[1].split(","):
-        kind, variable = text.rsplit(maxsplit=1)
-        parameters.append(Parameter(variable, "pointer" if "*" in kind else _TYPES[kind.strip()]))
-    return tuple(parameters)
-
-
+def _parameters(function: Any) -> tuple[Parameter, ...]:
+    """Of a lowered kernel; the source has them in this order, by names of its own where C++ has a use for them."""
+    kinds = [str(variable.dtype) for variable in function.params]
+    return tuple(
+        Parameter(variable.name, "pointer" if kind == "handle" else kind)
+        for variable, kind in zip(function.params, kinds)
+    )
