@@ -32,6 +32,7 @@ REGISTERS_PER_BLOCK = 65536
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_TENSOR_MEMORY = 512  # columns, sm_100
 
+
 class GpuLauncher:
     """Runs each kernel on the GPU its tensors lie on (or in Triton's interpreter)."""
 

@@ -147,7 +147,10 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "tilelang": (
         "tilelang",
         "staged",
-        tuple(f"sse_tune.templates.tilelang.{name}" for name in ("gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_gradients")),
+        tuple(
+            f"sse_tune.templates.tilelang.{name}"
+            for name in ("gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_gradients")
+        ),
     ),
     "torch": ("torch", "whole", ("sse_tune.templates.torch.whole",)),
 }

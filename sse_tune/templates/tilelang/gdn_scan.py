@@ -55,8 +55,8 @@ def factory(
 
     @T.macro
     def fetch(
-        i, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_v, b_P, b_Ag, b_a, b_c, b_b,
-        slots_k, slots_v, first_row, n_rows, is_shared, i_h, i_v, tx,
+        i, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_v, b_P, b_Ag, b_a, b_c,
+        b_b, slots_k, slots_v, first_row, n_rows, is_shared, i_h, i_v, tx,
     ):  # fmt: skip
         at = i % STAGES
         first = first_row + i * C
@@ -139,8 +139,8 @@ def factory(
             for i in T.unroll(STAGES - 1):
                 if i < n_chunks:
                     fetch(
-                        i, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_v, b_P, b_Ag, b_a,
-                        b_c, b_b, slots_k, slots_v, first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
+                        i, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_v, b_P,
+                        b_Ag, b_a, b_c, b_b, slots_k, slots_v, first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
                     )  # fmt: skip
                 T.ptx_commit_group()
             for i in T.serial(n_chunks):
