@@ -85,7 +85,7 @@ def artifacts(home):
 @pytest.fixture
 def compiled_before(artifacts, home, monkeypatch):
     """The cache of `artifacts`, and a compiler that must not run again."""
-    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(tilelang, "cache_folder", lambda: home / ".cache" / "sse_tune" / "tilelang")
     monkeypatch.setattr(tilelang, "_generate", lambda *_: pytest.fail("compiled again"))
     return artifacts
 
