@@ -254,6 +254,25 @@ def copies(T: Any, threads: int, lanes: int, capability: int) -> SimpleNamespace
     )  # fmt: skip
 
 
+def products(T: Any, threads: int, capability: int) -> SimpleNamespace:
+    """Matrix products that run on while their threads do something else, where the tensor cores can: `start` takes the
+    arguments of `T.gemm`, `finish(n)` waits for all but the last n started, and `settle` follows for each sum that is
+    finished: without it a compiler could move the sum's next use before the wait."""
+    is_asynchronous = capability == 90
+
+    @T.macro
+    def finish(pending):
+        if is_asynchronous:
+            T.wait_wgmma(pending)
+
+    @T.macro
+    def settle(fragment, rows, columns):
+        if is_asynchronous:
+            T.warpgroup_fence_operand(fragment, num_regs=rows * columns // threads)
+
+    return SimpleNamespace(start=T.wgmma_gemm if is_asynchronous else T.gemm, finish=finish, settle=settle)
+
+
 def state_index(T: Any, i_seg: Any, n_sequences: Any, partitions: int, has_shared: bool) -> Any:
     """Where a segment's state lies in [S, P, H, K, V]: segments 0..S-1 are the shared partition of each sequence."""
     if not has_shared or partitions == 1:

@@ -45,6 +45,7 @@ def factory(
     import tilelang.language as T
 
     io = common.copies(T, THREADS, L, CAPABILITY)
+    mma = common.products(T, THREADS, CAPABILITY)
     NV = V // BV
     by_columns, by_rows = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
     R, S, M, B = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B"))
@@ -129,43 +130,56 @@ def factory(
                     )  # fmt: skip
                 T.ptx_commit_group()
             for i in T.serial(n_chunks):
-                ahead = i + STAGES - 1
-                if STAGES == 1:
-                    T.sync_threads()
-                else:
-                    io.arrive(STAGES - 2)
-                if ahead < n_chunks:
-                    fetch(
-                        ahead, k, v, shared_k, Ag, k_scale, g_cumsum, perm, b_k, b_v, b_Ag, b_a, b_b, slots_k, slots_v,
-                        first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
-                    )  # fmt: skip
-                T.ptx_commit_group()
-                if STAGES == 1:
-                    io.arrive(0)
                 at = i % STAGES
                 n_left = n_rows - i * C
+                if STAGES == 1:
+                    T.sync_threads()
+                    fetch(
+                        i, k, v, shared_k, Ag, k_scale, g_cumsum, perm, b_k, b_v, b_Ag, b_a, b_b, slots_k, slots_v,
+                        first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
+                    )  # fmt: skip
+                    T.ptx_commit_group()
+                    io.arrive(0)
+                else:
+                    io.arrive(STAGES - 2)
                 if tx < C:
                     a = T.if_then_else(tx < n_left, b_a[at, tx], 0.0)
                     b_kept[tx] = a * T.exp(b_b[at, tx])
                     b_down[tx] = a * T.exp(b_b[at, C - 1] - b_b[at, tx])
                 T.copy(b_state, b_low)
                 io.fence()
-                T.gemm(b_k[at, :, :], b_low, b_x, clear_accum=True, policy=by_columns)
+                T.sync_threads()
+                mma.start(b_k[at, :, :], b_low, b_x, clear_accum=True, policy=by_columns)
+                if STAGES > 1:
+                    if i + STAGES - 1 < n_chunks:
+                        fetch(
+                            i + STAGES - 1, k, v, shared_k, Ag, k_scale, g_cumsum, perm, b_k, b_v, b_Ag, b_a, b_b,
+                            slots_k, slots_v, first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
+                        )  # fmt: skip
+                    T.ptx_commit_group()
                 if i > 0:
                     io.store_state(b_low, h, first_boundary + i - 1, i_h, i_v * BV, tx, K, BV)
+                mma.finish(0)
+                mma.settle(b_x, C, BV)
                 for i_c, j in T.Parallel(C, BV):
                     b_x[i_c, j] = b_v[at, i_c, j] - b_kept[i_c] * b_x[i_c, j]
                 T.copy(b_x, b_w)
                 io.fence()
-                T.gemm(b_Ag[at, :, :], b_w, b_x, clear_accum=True, policy=by_columns)
+                T.sync_threads()
+                mma.start(b_Ag[at, :, :], b_w, b_x, clear_accum=True, policy=by_columns)
                 io.store_by_head(b_w, w, first_row + i * C, n_left, i_h, i_v * BV, tx, C, BV)
+                mma.finish(0)
+                mma.settle(b_x, C, BV)
                 for i_c, j in T.Parallel(C, BV):
                     b_x[i_c, j] *= b_down[i_c]
                 T.copy(b_x, b_in)
                 io.fence()
                 for i_k, j in T.Parallel(K, BV):
                     b_state[i_k, j] *= T.exp(b_b[at, C - 1])
-                T.gemm(b_k[at, :, :], b_in, b_state, transpose_A=True, policy=by_rows)
+                T.sync_threads()
+                mma.start(b_k[at, :, :], b_in, b_state, transpose_A=True, policy=by_rows)
+                mma.finish(0)
+                mma.settle(b_state, K, BV)
 
     return gdn_recompute
 

@@ -6,7 +6,8 @@ With S the state before the chunk, b the in-chunk cumsum of g, and Ag and P of `
     O = diag(c e^b) Q S + P V'     S <- e^(b_C) S + Kᵀ diag(a e^(b_C - b)) V'
 
 A block keeps block_v columns of one head's state in registers and walks its segment. The next chunks' rows are on
-their way to shared memory meanwhile, their slots loaded a chunk earlier still.
+their way to shared memory meanwhile, their slots loaded a chunk earlier still; copies are issued, and the last chunk's
+output is stored, while the tensor cores are at K S and Q S.
 """
 
 from collections.abc import Mapping
@@ -49,6 +50,7 @@ def factory(
     import tilelang.language as T
 
     io = common.copies(T, THREADS, L, CAPABILITY)
+    mma = common.products(T, THREADS, CAPABILITY)
     NV = V // BV
     by_columns, by_rows = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
     R, S, M = T.dynamic("R", "int64"), T.dynamic("S", "int64"), T.dynamic("M", "int64")
@@ -144,21 +146,18 @@ def factory(
                     )  # fmt: skip
                 T.ptx_commit_group()
             for i in T.serial(n_chunks):
-                ahead = i + STAGES - 1
-                if STAGES == 1:
-                    T.sync_threads()
-                else:
-                    io.arrive(STAGES - 2)
-                if ahead < n_chunks:
-                    fetch(
-                        ahead, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_v, b_P,
-                        b_Ag, b_a, b_c, b_b, slots_k, slots_v, first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
-                    )  # fmt: skip
-                T.ptx_commit_group()
-                if STAGES == 1:
-                    io.arrive(0)
                 at = i % STAGES
                 n_left = n_rows - i * C
+                if STAGES == 1:
+                    T.sync_threads()
+                    fetch(
+                        i, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_v, b_P,
+                        b_Ag, b_a, b_c, b_b, slots_k, slots_v, first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
+                    )  # fmt: skip
+                    T.ptx_commit_group()
+                    io.arrive(0)
+                else:
+                    io.arrive(STAGES - 2)
                 if tx < C:
                     a = T.if_then_else(tx < n_left, b_a[at, tx], 0.0)
                     up = T.exp(b_b[at, tx])
@@ -167,13 +166,30 @@ def factory(
                     b_down[tx] = a * T.exp(b_b[at, C - 1] - b_b[at, tx])
                 T.copy(b_state, b_low)
                 io.fence()
-                T.gemm(b_k[at, :, :], b_low, b_x, clear_accum=True, policy=by_columns)
+                T.sync_threads()
+                mma.start(b_k[at, :, :], b_low, b_x, clear_accum=True, policy=by_columns)
+                mma.start(b_q[at, :, :], b_low, b_o, clear_accum=True, policy=by_columns)
+                if STAGES > 1:
+                    if i + STAGES - 1 < n_chunks:
+                        fetch(
+                            i + STAGES - 1, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q,
+                            b_k, b_v, b_P, b_Ag, b_a, b_c, b_b, slots_k, slots_v, first_row, n_rows,
+                            i_seg < n_shared, i_h, i_v, tx,
+                        )  # fmt: skip
+                    T.ptx_commit_group()
+                if i > 0:
+                    io.store_rows(b_new, o_rows, first_row + (i - 1) * C, C, i_h, i_v * BV, tx, C, BV)
+                mma.finish(1)
+                mma.settle(b_x, C, BV)
                 for i_c, j in T.Parallel(C, BV):
                     b_x[i_c, j] = b_v[at, i_c, j] - b_kept[i_c] * b_x[i_c, j]
                 T.copy(b_x, b_v[at, :, :])
                 io.fence()
-                T.gemm(b_q[at, :, :], b_low, b_o, clear_accum=True, policy=by_columns)
-                T.gemm(b_Ag[at, :, :], b_v[at, :, :], b_x, clear_accum=True, policy=by_columns)
+                T.sync_threads()
+                mma.start(b_Ag[at, :, :], b_v[at, :, :], b_x, clear_accum=True, policy=by_columns)
+                mma.finish(0)
+                mma.settle(b_x, C, BV)
+                mma.settle(b_o, C, BV)
                 T.copy(b_x, b_new)
                 for i_c, j in T.Parallel(C, BV):
                     b_x[i_c, j] *= b_down[i_c]
@@ -183,11 +199,18 @@ def factory(
                     b_o[i_c, j] *= b_read[i_c]
                 for i_k, j in T.Parallel(K, BV):
                     b_state[i_k, j] *= T.exp(b_b[at, C - 1])
-                T.gemm(b_P[at, :, :], b_new, b_o, policy=by_columns)
-                T.gemm(b_k[at, :, :], b_in, b_state, transpose_A=True, policy=by_rows)
-                T.copy(b_o, b_new)
                 T.sync_threads()
-                io.store_rows(b_new, o_rows, first_row + i * C, n_left, i_h, i_v * BV, tx, C, BV)
+                mma.start(b_P[at, :, :], b_new, b_o, policy=by_columns)
+                mma.start(b_k[at, :, :], b_in, b_state, transpose_A=True, policy=by_rows)
+                mma.finish(0)
+                mma.settle(b_o, C, BV)
+                mma.settle(b_state, K, BV)
+                T.sync_threads()
+                T.copy(b_o, b_new)
+            if n_chunks > 0:
+                T.sync_threads()
+                last = (n_chunks - 1) * C
+                io.store_rows(b_new, o_rows, first_row + last, n_rows - last, i_h, i_v * BV, tx, C, BV)
             if HAS_FINAL:
                 for i, j in T.Parallel(K, BV):
                     final_state[i_state, i_h, i, i_v * BV + j] = b_state[i, j]

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def smem_bytes(problem, config) -> int:
-    return common.walk_smem_bytes(problem, config, keys=2, squares=2, values=1, operands=2)
+    return common.walk_smem_bytes(problem, config, keys=2, squares=2, values=1, operands=3)
 
 
 SPACE = Space(
@@ -49,8 +49,10 @@ def factory(
     HAS_SHARED: bool, HAS_INITIAL: bool, HAS_FINAL: bool, CAPABILITY: int,
 ) -> Any:  # fmt: skip
     import tilelang.language as T
+    from tilelang.layout import make_swizzled_layout
 
     io = common.copies(T, THREADS, L, CAPABILITY)
+    mma = common.products(T, THREADS, CAPABILITY)
     NV = V // BV
     PARTS = BV // 64
     by_columns, by_rows = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
@@ -124,13 +126,16 @@ def factory(
             b_read = T.alloc_shared((C,), "float32", scope="shared")
             b_down = T.alloc_shared((C,), "float32", scope="shared")
             b_low = T.alloc_shared((K, BV), DTYPE)
-            b_new = T.alloc_shared((C, BV), DTYPE)  # dV', then dW
+            b_new = T.alloc_shared((C, BV), DTYPE)
+            b_dw = T.alloc_shared((C, BV), DTYPE)
             b_erased = T.alloc_shared((C, BV), DTYPE)
             b_ds = T.alloc_fragment((K, BV), "float32")
             b_h = T.alloc_fragment((K, BV), DTYPE)
             b_products = T.alloc_fragment((K, BV), "float32")
             b_product = T.alloc_fragment((K,), "float32")
             b_x = T.alloc_fragment((C, BV), "float32")
+            b_y = T.alloc_fragment((C, BV), "float32")
+            T.annotate_layout({b_dw: make_swizzled_layout(b_dw)})
             slots_k = T.alloc_local((io.passes(C, K),), "int32")
             slots_v = T.alloc_local((io.passes(C, BV),), "int32")
 
@@ -160,22 +165,19 @@ def factory(
                 T.ptx_commit_group()
             for i_back in T.serial(n_chunks):
                 i = n_chunks - 1 - i_back
-                ahead = i - (STAGES - 1)
-                if STAGES == 1:
-                    T.sync_threads()
-                else:
-                    io.arrive(STAGES - 2)
-                if ahead >= 0:
-                    fetch(
-                        ahead, (i_back + STAGES - 1) % STAGES, q, k, shared_q, shared_k, do, P, Ag, k_scale, q_scale,
-                        g_cumsum, perm, b_q, b_k, b_do, b_P, b_Ag, b_a, b_c, b_b, slots_k, slots_v, first_row, n_rows,
-                        i_seg < n_shared, i_h, i_v, tx,
-                    )  # fmt: skip
-                T.ptx_commit_group()
-                if STAGES == 1:
-                    io.arrive(0)
+                # slots go by the steps: TileLang 0.1.15 takes (n - 1 - i) % 2 apart wrongly within an index
                 at = i_back % STAGES
                 n_left = n_rows - i * C
+                if STAGES == 1:
+                    T.sync_threads()
+                    fetch(
+                        i, at, q, k, shared_q, shared_k, do, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_do,
+                        b_P, b_Ag, b_a, b_c, b_b, slots_k, slots_v, first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
+                    )  # fmt: skip
+                    T.ptx_commit_group()
+                    io.arrive(0)
+                else:
+                    io.arrive(STAGES - 2)
                 if i > 0:
                     for i_k, j in T.Parallel(K, BV):
                         b_h[i_k, j] = h[T.Cast("int64", first_boundary + i - 1), i_h, i_k, i_v * BV + j]
@@ -192,8 +194,19 @@ def factory(
                     b_down[tx] = a * T.exp(b_b[at, C - 1] - b_b[at, tx])
                 T.copy(b_ds, b_low)
                 io.fence()
-                T.gemm(b_k[at, :, :], b_low, b_x, clear_accum=True, policy=by_columns)
-                if i + 1 < n_chunks:
+                T.sync_threads()
+                mma.start(b_k[at, :, :], b_low, b_x, clear_accum=True, policy=by_columns)
+                mma.start(b_P[at, :, :], b_do[at, :, :], b_y, transpose_A=True, clear_accum=True, policy=by_columns)
+                if STAGES > 1:
+                    if i >= STAGES - 1:
+                        fetch(
+                            i - (STAGES - 1), (i_back + STAGES - 1) % STAGES, q, k, shared_q, shared_k, do, P, Ag,
+                            k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_do, b_P, b_Ag, b_a, b_c, b_b, slots_k,
+                            slots_v, first_row, n_rows, i_seg < n_shared, i_h, i_v, tx,
+                        )  # fmt: skip
+                    T.ptx_commit_group()
+                if i_back > 0:  # of the chunk behind
+                    io.store_rows(b_dw, dv_rows, first_row + (i + 1) * C, n_left - C, i_h, i_v * BV, tx, C, BV)
                     io.store_state(b_low, dh, first_boundary + i, i_h, i_v * BV, tx, K, BV)
                 for i_k, j in T.Parallel(K, BV):
                     b_products[i_k, j] = b_h[i_k, j] * b_ds[i_k, j]
@@ -203,25 +216,35 @@ def factory(
                         h_dh[i_v * PARTS + i_part, i_h, T.Cast("int64", first_chunk + i), i_k] = T.if_then_else(
                             i_part == 0, b_product[i_k], 0.0
                         )
+                mma.finish(0)
+                mma.settle(b_x, C, BV)
+                mma.settle(b_y, C, BV)
                 for i_c, j in T.Parallel(C, BV):
-                    b_x[i_c, j] *= b_down[i_c]
-                T.gemm(b_P[at, :, :], b_do[at, :, :], b_x, transpose_A=True, policy=by_columns)
+                    b_x[i_c, j] = b_down[i_c] * b_x[i_c, j] + b_y[i_c, j]
                 T.copy(b_x, b_new)
                 io.fence()
-                T.gemm(b_Ag[at, :, :], b_new, b_x, transpose_A=True, clear_accum=True, policy=by_columns)
+                T.sync_threads()
+                mma.start(b_Ag[at, :, :], b_new, b_x, transpose_A=True, clear_accum=True, policy=by_columns)
+                for i_c, j in T.Parallel(C, BV):
+                    b_do[at, i_c, j] = b_do[at, i_c, j] * b_read[i_c]
                 io.store_by_head(b_new, dv_new, first_row + i * C, n_left, i_h, i_v * BV, tx, C, BV)
-                T.copy(b_x, b_new)
+                mma.finish(0)
+                mma.settle(b_x, C, BV)
+                T.copy(b_x, b_dw)
                 for i_c, j in T.Parallel(C, BV):
                     b_x[i_c, j] *= b_erase[i_c]
                 T.copy(b_x, b_erased)
-                for i_c, j in T.Parallel(C, BV):
-                    b_do[at, i_c, j] = b_do[at, i_c, j] * b_read[i_c]
                 io.fence()
                 for i_k, j in T.Parallel(K, BV):
                     b_ds[i_k, j] *= T.exp(b_b[at, C - 1])
-                T.gemm(b_q[at, :, :], b_do[at, :, :], b_ds, transpose_A=True, policy=by_rows)
-                T.gemm(b_k[at, :, :], b_erased, b_ds, transpose_A=True, policy=by_rows)
-                io.store_rows(b_new, dv_rows, first_row + i * C, n_left, i_h, i_v * BV, tx, C, BV)
+                T.sync_threads()
+                mma.start(b_q[at, :, :], b_do[at, :, :], b_ds, transpose_A=True, policy=by_rows)
+                mma.start(b_k[at, :, :], b_erased, b_ds, transpose_A=True, policy=by_rows)
+                mma.finish(0)
+                mma.settle(b_ds, K, BV)
+            if n_chunks > 0:
+                T.sync_threads()
+                io.store_rows(b_dw, dv_rows, first_row, n_rows, i_h, i_v * BV, tx, C, BV)
             if HAS_INITIAL:
                 for i, j in T.Parallel(K, BV):
                     d_initial_state[i_state, i_h, i, i_v * BV + j] = b_ds[i, j]
