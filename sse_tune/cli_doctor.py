@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import platform
 import shutil
 import sys
@@ -11,6 +10,7 @@ import sys
 import typer
 
 from sse_tune.cli_common import DATABASE, ENVIRONMENT, DbOption, JsonOption, console, print_json
+from sse_tune.compilers import tilelang
 from sse_tune.device import Device, driver_version, program_output, toolchain
 from sse_tune.errors import DatabaseError, SSETuneError
 
@@ -88,14 +88,15 @@ def _compilers(device: Device | None) -> list[Finding]:
     else:
         use = "runs" if gpu else "compiles for sm_80, sm_90 and sm_100; running needs a GPU"
         found.append(Finding("triton", GOOD, f"{versions['triton']}: {use}"))
-    if versions["tilelang"] is None:
-        found.append(Finding("tilelang", NOTE, "not installed: pip install tilelang"))
+    lacks = tilelang.missing()
+    if lacks is not None:
+        found.append(Finding("tilelang", NOTE, f"{lacks}; its kernels cannot be built, the others run without"))
     else:
-        loads = importlib.util.find_spec("tilelang") is not None
-        found.append(Finding("tilelang", GOOD if loads else BAD, f"{versions['tilelang']}"))
-    nvcc = program_output("nvcc", "--version")
+        use = "runs" if gpu else "compiles for sm_80, sm_90 and sm_100; running needs a GPU"
+        found.append(Finding("tilelang", GOOD, f"{versions['tilelang']}: {use}"))
+    nvcc = program_output(tilelang.nvcc() or "nvcc", "--version")
     if nvcc is None:
-        found.append(Finding("nvcc", NOTE, "not found; TileLang needs it, or its own copy, to compile"))
+        found.append(Finding("nvcc", NOTE, "not found; TileLang needs it to compile"))
     else:
         found.append(Finding("nvcc", GOOD, nvcc.splitlines()[-1]))
     compiler = next((name for name in ("cc", "gcc", "clang") if shutil.which(name)), None)

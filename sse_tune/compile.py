@@ -1,25 +1,23 @@
 """Template + config + architecture -> compiled kernels and what they ask of the GPU; needs no GPU.
 
 The stage's own launch code runs on meta tensors with a launcher that records instead of launching, so that what is
-compiled here is specialised exactly as the first launch would be: `triton.compile` leaves it in Triton's cache, and the
-process that later runs the config on a GPU finds it there.
+compiled here is what the first launch would compile. Each compiler leaves it in a cache on disk, and the process that
+later runs the config on a GPU finds it there.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
-import subprocess
-import tempfile
 from typing import TYPE_CHECKING, Any
 
+from sse_tune.compilers import cubin, tilelang, triton
+from sse_tune.compilers.artifacts import WARP, KernelArtifact, Launch
 from sse_tune.device import Device
 from sse_tune.errors import CompileError
 from sse_tune.problem import Problem
-from sse_tune.races import pipeline_races
 from sse_tune.space import Config
 from sse_tune.templates.buffers import BUFFERS, Sizes
-from sse_tune.templates.registry import Call, Template
+from sse_tune.templates.registry import Call, Program, Template, is_compiled
 from sse_tune.templates.stages import Stage, stages_of
 
 if TYPE_CHECKING:
@@ -33,20 +31,6 @@ MAX_REGISTERS = 255  # of a thread
 REGISTERS_PER_BLOCK = 65536
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_TENSOR_MEMORY = 512  # columns, sm_100
-WARP = 32
-
-ByPosition = dict[tuple[int, ...], Any]  # keyed as Triton does: (position of the parameter,)
-
-
-@dataclasses.dataclass(frozen=True)
-class Launch:
-    """One kernel launch as a template asked for it; `args` by parameter name."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: dict[str, Any]
-    num_warps: int
-    num_stages: int
 
 
 class GpuLauncher:
@@ -55,7 +39,10 @@ class GpuLauncher:
     def __call__(
         self, kernel: Any, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int, num_stages: int
     ) -> None:
-        kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
+        if isinstance(kernel, Program):
+            cubin.launch(kernel, grid, args, num_warps)
+        else:
+            kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
 
 
 class RecordingLauncher:
@@ -68,33 +55,6 @@ class RecordingLauncher:
         self, kernel: Any, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int, num_stages: int
     ) -> None:
         self.launches.append(Launch(kernel, tuple(int(extent) for extent in grid), dict(args), num_warps, num_stages))
-
-
-@dataclasses.dataclass(frozen=True)
-class KernelArtifact:
-    """One compiled kernel.
-
-    Args:
-        name: of the kernel function.
-        registers: of a thread.
-        spill_bytes: stack frame of a thread; what does not fit in registers lives there.
-        smem_bytes: shared memory of a block.
-        tensor_memory: columns of tensor memory of a block, sm_100 and later.
-        num_warps: of a block.
-        grid: of the launch that was recorded.
-        races: what its software pipeline overwrites too early, a reason each; such a kernel's results may vary.
-        cubin: the binary.
-    """
-
-    name: str
-    registers: int
-    spill_bytes: int
-    smem_bytes: int
-    tensor_memory: int
-    num_warps: int
-    grid: tuple[int, ...]
-    races: tuple[str, ...]
-    cubin: bytes = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +109,13 @@ def compile_stage(
 
     Raises:
         CompileError: the compiler refused it, or there is nothing to compile.
-        DeviceError: no such architecture.
+        DeviceError: no such architecture, or no compiler on this machine.
     """
     device = Device.from_arch(arch)
     stage = next((stage for stage in stages_of(problem, outer) if stage.name == template.stage), None)
-    if template.backend != "triton" or stage is None:
+    if not is_compiled(template.backend) or stage is None:
         raise CompileError(
-            "only a Triton template of a stage of the problem's graph can be compiled ahead of its run",
+            "only a template of a stage of the problem's graph can be compiled ahead of its run",
             f"template {template.name!r} of {template.backend}, stage {template.stage!r}, with nothing to compile",
             "run it instead",
         )
@@ -230,72 +190,6 @@ def limits_reason(artifact: Artifact, device: Device) -> str | None:
 
 
 def _compile(launch: Launch, device: Device, what: str) -> KernelArtifact:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    target = GPUTarget("cuda", device.capability, WARP)
-    try:
-        signature, constants, attributes = _specialise(launch, target)
-        source = ASTSource(launch.kernel, signature, constants, attributes)
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-        compiled = triton.compile(source, target=target, options=options)
-    except Exception as error:  # a compiler's failure may be of any type: Triton's, LLVM's, ptxas's, its own bug's
-        got = f"{what}: {_one_line(error)}"
-        raise CompileError("the compiler must accept a template", got, "choose another config") from error
-    cubin, made = compiled.asm["cubin"], compiled.metadata
-    registers, stack = _resource_usage(cubin, what)
-    return KernelArtifact(
-        name=made.name, registers=registers, spill_bytes=stack, smem_bytes=made.shared, num_warps=made.num_warps,
-        tensor_memory=getattr(made, "tmem_size", None) or 0, grid=launch.grid, cubin=cubin,
-        races=pipeline_races(compiled.asm["ttgir"]),
-    )  # fmt: skip
-
-
-def _specialise(launch: Launch, target: Any) -> tuple[dict[str, str], ByPosition, ByPosition]:
-    """Signature, constants and attributes of a launch by the code that Triton runs at a launch.
-
-    Tensors' addresses count as divisible by 16, as those of the allocator are: a meta tensor's address is 0.
-    """
-    from triton.compiler import make_backend
-    from triton.runtime.jit import JITFunction, create_function_from_signature
-
-    kernel = launch.kernel
-    if not isinstance(kernel, JITFunction):
-        raise TypeError(f"{kernel!r} is no compiled function; kernels under TRITON_INTERPRET=1 have no machine code")
-    backend = make_backend(target)
-    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    bound, specialization, unknown = binder(**launch.args)
-    if unknown:
-        raise TypeError(f"{kernel.__name__} has no parameters {sorted(unknown)}")
-    signature = {param.name: kind for param, (kind, _) in zip(kernel.params, specialization)}
-    values, found = list(bound.values()), list(enumerate(specialization))
-    constants: ByPosition = {(i,): values[i] for i, (kind, _) in found if kind == "constexpr"}
-    attributes: ByPosition = {(i,): backend.parse_attr(text) for i, (_, text) in found if isinstance(text, str)}
-    return signature, constants, attributes
-
-
-def _resource_usage(cubin: bytes, what: str) -> tuple[int, int]:
-    """Registers and stack bytes of a thread, from the cuobjdump that Triton ships."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True)
-    usage = {name: int(value) for name, value in re.findall(r"\b(REG|STACK):(\d+)", done.stdout)}
-    if done.returncode or set(usage) != {"REG", "STACK"}:
-        said = (done.stderr or done.stdout).strip()
-        raise CompileError("cuobjdump must tell what a kernel uses", f"{said!r} for {what}", "reinstall triton")
-    return usage["REG"], usage["STACK"]
-
-
-def _one_line(error: BaseException) -> str:
-    """The cause of a compiler's failure: the innermost message, without the source excerpt and the listing."""
-    while error.__cause__ is not None and str(error.__cause__).strip():
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^\t")] or ["no message"]
-    # ptxas lists its command line and the PTX after the message; Triton's own errors end with theirs
-    wanted = [line for line in lines if re.search(r"\b(error|fatal)\b", line, re.IGNORECASE)]
-    return f"{type(error).__name__}: {(wanted[:1] or lines[-1:])[0][:300]}"
+    if isinstance(launch.kernel, Program):
+        return tilelang.compile_launch(launch, device, what)
+    return triton.compile_launch(launch, device, what)

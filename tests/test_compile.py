@@ -89,9 +89,9 @@ def test_the_launch_is_specialised_as_triton_would():
     (launch,) = record_launches(toy(), PROBLEM, OUTER, Config(block=128, num_warps=4))
     from triton.backends.compiler import GPUTarget
 
-    from sse_tune.compile import _specialise
+    from sse_tune.compilers.triton import specialise
 
-    signature, constants, attributes = _specialise(launch, GPUTarget("cuda", 90, 32))
+    signature, constants, attributes = specialise(launch, GPUTarget("cuda", 90, 32))
     assert signature == {
         "x": "*bf16", "inv": "*i32", "out": "*bf16", "R": "i32", "one": "constexpr", "odd": "i32", "scale": "fp32",
         "flag": "u1", "nothing": "constexpr", "D": "constexpr", "MODE": "constexpr", "BLOCK": "constexpr",
@@ -107,10 +107,10 @@ def test_the_launch_is_specialised_as_triton_would():
 def test_large_integers_are_64_bit():
     from triton.backends.compiler import GPUTarget
 
-    from sse_tune.compile import _specialise
+    from sse_tune.compilers.triton import specialise
 
     (launch,) = record_launches(toy(R=2**31 + 16, odd=2**31 - 1), PROBLEM, OUTER, Config(block=128, num_warps=4))
-    signature, _, _ = _specialise(launch, GPUTarget("cuda", 80, 32))
+    signature, _, _ = specialise(launch, GPUTarget("cuda", 80, 32))
     assert (signature["R"], signature["odd"]) == ("i64", "i32")
 
 

@@ -15,7 +15,7 @@ HEAVY = ("triton", "tilelang", "optuna", "sqlalchemy", "pandas", "torch", "rich"
 # part -> the parts it may import from, beside itself
 BASE = {"errors"}
 DESCRIPTIONS = BASE | {"problem", "device", "space", "plan"}
-KERNELS = DESCRIPTIONS | {"reference", "templates", "compile"}
+KERNELS = DESCRIPTIONS | {"reference", "templates", "compilers", "compile"}
 ALLOWED = {
     "errors": set(),
     "problem": BASE,
@@ -25,7 +25,8 @@ ALLOWED = {
     "races": set(),
     "reference": BASE,
     "templates": DESCRIPTIONS | {"reference"},
-    "compile": DESCRIPTIONS | {"races", "templates"},
+    "compilers": DESCRIPTIONS | {"races", "templates"},
+    "compile": DESCRIPTIONS | {"templates", "compilers"},
     "database": KERNELS - {"reference"},
     "runtime": KERNELS | {"database"},
     "layers": BASE | {"runtime"},

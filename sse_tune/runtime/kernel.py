@@ -18,7 +18,7 @@ from sse_tune.runtime.arguments import Arguments, check, pose
 from sse_tune.runtime.call import call
 from sse_tune.runtime.dispatch import Decision, decide, device_of, narrow
 from sse_tune.runtime.settings import write_problem
-from sse_tune.templates.registry import find_template, validate_plan
+from sse_tune.templates.registry import find_template, is_compiled, validate_plan
 
 # what a kernel's plan was chosen for: a call may differ from it in everything else
 _FIXED = ("rule", "num_heads", "head_dim", "head_dim_v", "num_partitions", "top_k", "read_k", "shared", "norm", "dtype")
@@ -50,7 +50,7 @@ class Kernel:
         """
         if self.device.arch in ARCHS:  # kernels for another one are built by their first call
             for choice in self.plan.stages.values():
-                if choice.backend == "triton":
+                if is_compiled(choice.backend):
                     template = find_template(choice.backend, choice.template)
                     compile_stage(
                         template, self.problem, self.plan.outer, choice.config, self.device.arch, with_states=False

@@ -33,6 +33,23 @@ class Launcher(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
+class Program:
+    """A kernel that its compiler builds whole from constants, named rather than held so that it costs no import.
+
+    Args:
+        module: where the factory is.
+        factory: `factory(**constants, CAPABILITY=90)` gives the compiler's own object.
+        constants: name and value, all that the code depends on.
+        sources: the modules whose code it is.
+    """
+
+    module: str
+    factory: str
+    constants: tuple[tuple[str, int | float | str | bool], ...]
+    sources: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Call:
     """What a template's launch gets besides its tensors.
 
@@ -129,6 +146,14 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             )
         ),
     ),
+    "tilelang": (
+        "tilelang",
+        "staged",
+        tuple(
+            f"sse_tune.templates.tilelang.{name}"
+            for name in ("gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_gradients")
+        ),
+    ),
     "torch": ("torch", "whole", ("sse_tune.templates.torch.whole",)),
 }
 BACKENDS = tuple(_BACKENDS)
@@ -172,6 +197,11 @@ def templates_for(stage: str, problem: Problem, backends: tuple[str, ...]) -> tu
 
 def graph_of(backend: str) -> str:
     return _BACKENDS[backend][1]
+
+
+def is_compiled(backend: str) -> bool:
+    """Whether a backend's templates become machine code ahead of their run: those of the staged graph do."""
+    return graph_of(backend) == "staged"
 
 
 def default_backend(device: Device) -> str:
@@ -236,6 +266,6 @@ def validate_plan(plan: Plan, problem: Problem, device: Device) -> None:
 
 
 __all__ = [
-    "BACKENDS", "Call", "ConstraintError", "Launcher", "Template", "default_backend", "default_plan", "find_template",
-    "graph_of", "templates_for", "templates_of", "validate_plan",
+    "BACKENDS", "Call", "ConstraintError", "Launcher", "Program", "Template", "default_backend", "default_plan",
+    "find_template", "graph_of", "is_compiled", "templates_for", "templates_of", "validate_plan",
 ]

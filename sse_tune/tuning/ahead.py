@@ -14,7 +14,7 @@ from sse_tune.errors import ConstraintError, PlanError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.space import Config
-from sse_tune.templates.registry import find_template, validate_plan
+from sse_tune.templates.registry import find_template, is_compiled, validate_plan
 from sse_tune.tuning.cases import CASES, case_problem
 from sse_tune.tuning.worker import JobResult, Worker
 
@@ -85,7 +85,7 @@ class CompileAhead:
             self.submit(choice, posed, plan.outer, with_states=with_states)
             for posed, with_states in wanted
             for choice in plan.stages.values()
-            if choice.backend == "triton"
+            if is_compiled(choice.backend)
         ]
 
     def submit_cases(
@@ -106,7 +106,7 @@ class CompileAhead:
             submitted += [
                 self.submit(choice, posed, plan.outer, with_states=CASES[name].states)
                 for choice in plan.stages.values()
-                if choice.backend == "triton"
+                if is_compiled(choice.backend)
             ]
         return submitted
 

@@ -1,0 +1,159 @@
+"""Every TileLang template compiles for every architecture, within the limits its constraints promise. Needs no GPU.
+
+One compilation takes ten seconds, so all of them run side by side before the first test looks at its own.
+"""
+
+import concurrent.futures
+import dataclasses
+import importlib
+import multiprocessing
+import os
+
+import pytest
+
+from sse_tune.compile import MAX_REGISTERS, compile_stage, limits_reason, record_launches
+from sse_tune.compilers import tilelang
+from sse_tune.device import ARCHS
+from sse_tune.errors import CompileError, ConstraintError, DeviceError
+from sse_tune.problem import Problem
+from sse_tune.space import Config
+from sse_tune.templates.registry import Program, find_template, templates_of
+
+pytestmark = pytest.mark.skipif(tilelang.missing() is not None, reason=f"nothing to compile with: {tilelang.missing()}")
+
+MAIN = Problem.preset("spikingbrain2-5b")
+WIDE = Problem.preset("sse-gdn")  # K=256 V=512
+RAGGED = Problem(
+    rule="gdn", seq_len=3001, num_heads=3, head_dim=64, head_dim_v=192, dtype="fp16", num_sequences=7,
+    num_partitions=5, top_k=2, read_k=3, shared=False, norm="after",
+)  # fmt: skip
+OUTER = Config(chunk_size=64, state_dtype="io", states="recompute")
+NAMES = ("gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_gradients")
+# stack bytes of a thread, where a default spills
+MAX_SPILL_BYTES: dict[tuple[str, str], int] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    template: str
+    arch: str
+    problem: Problem = MAIN
+    config: tuple[tuple[str, object], ...] = ()
+
+    def __str__(self):
+        changes = "-".join(f"{name}{value}" for name, value in self.config)
+        sizes = f"K{self.problem.key_dim}V{self.problem.value_dim}"
+        return "-".join(part for part in (self.template, self.arch, sizes, changes) if part)
+
+
+DEFAULTS = [Case(name, arch) for name in NAMES for arch in ARCHS]
+OTHERS = [
+    Case("gdn_scan", "sm_90", WIDE),
+    Case("gdn_gradients", "sm_90", RAGGED),
+    Case("gdn_state_gradient", "sm_90", config=(("num_warps", 8), ("num_stages", 1))),
+]
+
+
+def config_of(case):
+    template = find_template("tilelang", case.template)
+    return template.space.default(case.problem, ARCHS[case.arch], OUTER).replace(**dict(case.config))
+
+
+def compiled(case):
+    template = find_template("tilelang", case.template)
+    return compile_stage(template, case.problem, OUTER, config_of(case), case.arch)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def artifacts(home):
+    """Case to artifact, or to what its compilation raised."""
+    before = os.environ.get("HOME")
+    os.environ["HOME"] = str(home)  # for the processes
+    try:
+        with concurrent.futures.ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+            futures = {case: pool.submit(compiled, case) for case in (*DEFAULTS, *OTHERS)}
+            return {case: future.exception() or future.result() for case, future in futures.items()}
+    finally:
+        os.environ["HOME"] = before or ""
+
+
+@pytest.fixture
+def compiled_before(artifacts, home, monkeypatch):
+    """The cache of `artifacts`, and a compiler that must not run again."""
+    monkeypatch.setattr(tilelang, "cache_folder", lambda: home / ".cache" / "sse_tune" / "tilelang")
+    monkeypatch.setattr(tilelang, "_generate", lambda *_: pytest.fail("compiled again"))
+    return artifacts
+
+
+@pytest.mark.parametrize("case", [*DEFAULTS, *OTHERS], ids=str)
+def test_compiles_within_its_limits(case, artifacts):
+    artifact = artifacts[case]
+    assert not isinstance(artifact, BaseException), artifact
+    template, config = find_template("tilelang", case.template), config_of(case)
+    assert limits_reason(artifact, ARCHS[case.arch]) is None
+    assert 0 < artifact.registers <= MAX_REGISTERS
+    if case in DEFAULTS:
+        assert artifact.spill_bytes <= MAX_SPILL_BYTES.get((case.template, case.arch), 0), artifact
+    smem_bytes = importlib.import_module(template.run.__module__).smem_bytes
+    assert artifact.smem_bytes <= smem_bytes(case.problem, Config({**OUTER, **config}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_was_compiled_is_found_again(name, compiled_before):
+    case = Case(name, "sm_90")
+    (launch,) = record_launches(find_template("tilelang", name), MAIN, OUTER, config_of(case))
+    built = tilelang.build(launch.kernel, "sm_90")
+    assert built.cubin == compiled_before[case].kernels[0].cubin
+    assert {parameter.name for parameter in built.parameters} <= set(launch.args)  # each parameter has an argument
+
+
+def test_the_key_tells_programs_apart():
+    template = find_template("tilelang", "gdn_scan")
+    keys = set()
+    for block_v in (64, 128):
+        config = config_of(DEFAULTS[0]).replace(block_v=block_v)
+        (launch,) = record_launches(template, MAIN, OUTER, config)
+        keys |= {tilelang.cache_key(launch.kernel, arch) for arch in ARCHS}
+    assert len(keys) == 6
+
+
+def test_a_refusal_is_one_line():
+    program = Program("sse_tune.templates.tilelang.gdn_scan", "factory", (("H", 1),), ("sse_tune.compile",))
+    template = dataclasses.replace(
+        find_template("tilelang", "gdn_scan"),
+        run=lambda call, tensors: call.launch(program, (1,), {}, num_warps=4, num_stages=1),
+    )
+    with pytest.raises(CompileError, match=r"gdn_scan for sm_90 with .*missing") as caught:
+        compile_stage(template, MAIN, OUTER, Config(), "sm_90")
+    assert "\n" not in str(caught.value)
+
+
+def test_without_nvcc_it_says_so(monkeypatch):
+    monkeypatch.setattr(tilelang, "nvcc", lambda: None)
+    tilelang._versions.cache_clear()
+    try:
+        with pytest.raises(DeviceError, match="nvcc is neither on the PATH"):
+            compiled(Case("gdn_scan", "sm_90", config=(("num_stages", 1),)))
+    finally:
+        monkeypatch.undo()
+        tilelang._versions.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"dtype": "fp32"}, "16-bit operands"),
+        ({"head_dim": 96}, "K must be a multiple of 64"),
+        ({"head_dim_v": 80}, "block_v must divide V"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused_with_its_reason(changes, rule):
+    for template in templates_of("tilelang"):
+        with pytest.raises(ConstraintError, match=rule):
+            template.space.default(MAIN.replace(**changes), ARCHS["sm_90"], OUTER)
