@@ -166,6 +166,20 @@ def stage_names(graph: str, problem: Problem) -> tuple[str, ...]:
     raise PlanError("the stage graph must be known", f"{graph!r}", f"use one of {', '.join(GRAPHS)}")
 
 
+def stage_contract(name: str, problem: Problem, outer: Config) -> tuple[object, ...]:
+    """What a stage sees of the outer choices: C, and dtype and shape of each buffer it reads or writes.
+
+    Two outer points with the same contract run the same kernels of this stage on the same buffers, so that what was
+    measured at one holds at the other.
+    """
+    if name == "whole":
+        return tuple(sorted(outer.items()))
+    sizes = Sizes(problem, int(outer["chunk_size"]))
+    (stage,) = (stage for stage in stages_of(problem) if stage.name == name)
+    seen = [BUFFERS[buffer] for buffer in (*stage.reads, *stage.writes) if buffer in BUFFERS]
+    return sizes.chunk_size, *((buffer.name, buffer.dtype_in(problem, outer), buffer.shape(sizes)) for buffer in seen)
+
+
 def stage_flops(stage: Stage, problem: Problem, chunk_size: int) -> float:
     """FLOPs of a stage over all rows and heads, padding not counted."""
     rows = problem.batch * problem.seq_len * problem.lanes
