@@ -7,7 +7,10 @@ from collections.abc import Callable
 
 import optuna
 
+from sse_tune.database.fields import digest
 from sse_tune.plan import Plan
+from sse_tune.problem import Problem
+from sse_tune.templates.stages import stage_contract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,13 @@ class Candidate:
     plan: Plan
     base: Plan | None = None
     stage: str | None = None
+
+    def key(self, problem: Problem) -> str:
+        """Thirty-two hex digits: the same for one stage's choice at all outer points of one contract."""
+        if self.stage is None:
+            return digest(["plan", self.plan.to_dict()])
+        contract = stage_contract(self.stage, problem, self.plan.outer)
+        return digest(["stage", self.stage, contract, self.plan.stages[self.stage].to_dict()])
 
 
 @dataclasses.dataclass(frozen=True)

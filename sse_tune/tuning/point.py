@@ -79,15 +79,10 @@ class Point:
         return self.ask() if self._next is not None else None
 
     def tell(self, candidate: Candidate, time_us: float | None) -> None:
-        if candidate.kind == "stage":
-            assert candidate.stage is not None
-            choice = candidate.plan.stages[candidate.stage]
-            for track in self._tracks or ():
-                if (track.stage, track.slot.backend, track.slot.template) == (
-                    candidate.stage, choice.backend, choice.template
-                ) and candidate.plan.outer == self.base.outer:  # fmt: skip
-                    track.out = max(0, track.out - 1)
-                    track.tell(choice, time_us)
+        if candidate.stage is not None:
+            track = self._track_of(candidate)
+            track.out -= 1
+            track.tell(candidate.plan.stages[candidate.stage], time_us)
         elif candidate.plan == self._waiting:
             self._waiting = None
             if time_us is not None:
@@ -98,6 +93,15 @@ class Point:
             else:
                 self._after_whole(candidate.plan, time_us)
 
+    def withdraw(self, candidate: Candidate) -> bool:
+        """See `Strategy.withdraw`: whole plans must be run, what follows depends on them."""
+        if candidate.stage is None:
+            return False
+        track = self._track_of(candidate)
+        track.asked, track.out = track.asked - 1, track.out - 1
+        track.study.withdraw(candidate.plan.stages[candidate.stage].config)
+        return True
+
     @property
     def progress(self) -> tuple[int, int]:
         """Trials made, and those there may be."""
@@ -105,6 +109,13 @@ class Point:
         return sum(track.asked - track.out for track in tracks), sum(
             min(len(track.study.configs), track.limit) for track in tracks
         )
+
+    def _track_of(self, candidate: Candidate) -> Track:
+        assert candidate.stage is not None
+        choice = candidate.plan.stages[candidate.stage]
+        wanted = (candidate.stage, choice.backend, choice.template)
+        (track,) = (t for t in self._tracks or () if (t.stage, t.slot.backend, t.slot.template) == wanted)
+        return track
 
     def _open_tracks(self) -> list[Track]:
         strategy, settings = self.strategy, self.strategy.settings

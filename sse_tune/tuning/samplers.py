@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import warnings
 from collections.abc import Iterator
 
@@ -40,7 +41,7 @@ class Axis:
         numbers = [int(value) for value in values]
         if all(number > 0 and number & (number - 1) == 0 for number in numbers):
             numbers = [number.bit_length() - 1 for number in numbers]
-        steps = {b - a for a, b in zip(numbers, numbers[1:])}
+        steps = {b - a for a, b in itertools.pairwise(numbers)}
         if len(steps) > 1 or min(steps) < 1:
             numbers, steps = list(range(len(values))), {1}  # no even spacing: by their places in the list
         return cls(name, values, tuple(numbers), IntDistribution(numbers[0], numbers[-1], step=steps.pop()))

@@ -39,6 +39,19 @@ class Strategy:
         """The budget for exploring is used: only what puts the findings together is asked from now on."""
         raise NotImplementedError
 
+    def withdraw(self, candidate: Candidate) -> bool:
+        """A candidate that was asked for need not be run, the budget being used; False: it must be all the same."""
+        raise NotImplementedError
+
+    def progress(self) -> tuple[str, int, int]:
+        """For people: the phase, and how many of how many trials are made in it."""
+        raise NotImplementedError
+
+    @property
+    def base(self) -> Plan | None:
+        """The admitted plan that stages are measured on now; None: there is none."""
+        return None
+
     def plans(self) -> list[Plan]:
         """The whole plans that were admitted, fastest first."""
         return sorted(self.plan_times, key=lambda plan: self.plan_times[plan])
@@ -74,10 +87,6 @@ class WholePlans(Strategy):
             self._studies[name], self._plans[name] = study, plan_of
             self.plan_times |= {plan_of(config): time_us for config, time_us in study.ranking()}
 
-    @property
-    def size(self) -> int:
-        return sum(len(study.configs) for study in self._studies.values())
-
     def ask(self) -> Candidate | None:
         for name, study in self._studies.items():
             if not self.finished and (config := study.ask()) is not None:
@@ -93,6 +102,15 @@ class WholePlans(Strategy):
 
     def stop(self) -> None:
         self.finished = True
+
+    def withdraw(self, candidate: Candidate) -> bool:
+        choice = candidate.plan.stages["whole"]
+        self._studies[choice.backend, choice.template].withdraw(choice.config)
+        return True
+
+    def progress(self) -> tuple[str, int, int]:
+        told = sum(len(study.told.keys() & set(study.configs)) for study in self._studies.values())
+        return "plans", told, sum(len(study.configs) for study in self._studies.values())
 
 
 class Decomposed(Strategy):
@@ -147,9 +165,17 @@ class Decomposed(Strategy):
         self.stopped = True
         self._to_compare = []
 
+    def withdraw(self, candidate: Candidate) -> bool:
+        return self._point is not None and self._point.withdraw(candidate)
+
+    def progress(self) -> tuple[str, int, int]:
+        if self._point is None:
+            return "plans", 1, 1
+        done, total = self._point.progress
+        return f"C={self._point.base.outer.get('chunk_size')} stages", done, total
+
     @property
     def base(self) -> Plan | None:
-        """The admitted plan that stages are measured on now."""
         return self._point.base if self._point is not None and self._point.admitted else None
 
     def worth_tuning(self, base_us: float) -> bool:

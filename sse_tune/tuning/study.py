@@ -1,4 +1,4 @@
-"""One space searched by Optuna's ask and tell: known good configs first, nothing tried twice, broken rules told as such.
+"""One space searched by Optuna's ask and tell: known good configs first, nothing twice, broken rules told as such.
 
 The tuning database holds the truth. A study lives in memory and is filled again from stored trials when a search
 resumes; where several hosts share a PostgreSQL server, it lives there, beside the trials.
@@ -129,18 +129,23 @@ class SpaceStudy:
         value = self._objective(None if failed else time_us)
         if trial is not None:
             trial.set_constraint(_RULE, float(failed))
-            self._study.tell(trial, value)
+            self._study.tell(trial, value, skip_if_finished=True)
             return
         codes = {axis.name: axis.code(config[axis.name]) for axis in self._axes}
-        if self._shared and any(other.params == codes for other in self._study.get_trials(
-            deepcopy=False, states=(TrialState.COMPLETE,)
-        )):  # fmt: skip
-            return  # another process told it
+        if self._shared and self._is_told_elsewhere(codes, None if failed else value):
+            return
         self._study.add_trial(
             optuna.trial.create_trial(
                 params=codes, distributions=self._distributions, value=value, constraints={_RULE: float(failed)}
             )
         )
+
+    def withdraw(self, config: Config) -> None:
+        """A config that was asked for is not going to be run."""
+        trial = self._pending.pop(config)
+        self._left[config] = None
+        if trial is not None:
+            self._study.tell(trial, state=TrialState.FAIL)
 
     def _take(self, config: Config, trial: optuna.Trial | None) -> Config:
         del self._left[config]
@@ -148,7 +153,7 @@ class SpaceStudy:
         return config
 
     def _dismiss(self, trial: optuna.Trial, config: Config) -> None:
-        """A proposal that cannot or need not be run: a broken constraint, or one whose answer is known or on its way."""
+        """A proposal that cannot or need not be run: it breaks a constraint, or is known or on its way."""
         known = self._values.get(config)
         if known is None and config in self._pending:
             self._study.tell(trial, state=TrialState.FAIL)
@@ -163,12 +168,22 @@ class SpaceStudy:
             if self._on_rejected is not None:
                 self._on_rejected(config, reasons[0])
 
+    def _is_told_elsewhere(self, codes: dict[str, int | str], value: float | None) -> bool:
+        """Whether another process asked for a config; if it has not told the result, or died before, that is done."""
+        for trial in self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)):
+            if trial.params == codes:
+                if trial.state == TrialState.RUNNING:
+                    state = TrialState.FAIL if value is None else None
+                    self._study.tell(trial.number, value, state=state, skip_if_finished=True)
+                return True
+        return False
+
     def _objective(self, time_us: float | None) -> float:
-        """What Optuna minimises: the logarithm of the time. A failed config, infeasible, counts as twice the slowest."""
+        """What Optuna minimises: the logarithm of the time; a failed config, not feasible, is twice the slowest."""
         if time_us is None:
             time_us = 2 * max((value for value in self._values.values() if value is not None), default=1.0)
         return math.log(time_us)
 
     def _config(self, codes: dict[str, int | str]) -> Config:
-        proposed = {axis.name: axis.value(codes[axis.name]) for axis in self._axes}
-        return Config({param.name: proposed.get(param.name, self._fixed.get(param.name)) for param in self.space.params})
+        proposed = self._fixed | {axis.name: axis.value(codes[axis.name]) for axis in self._axes}
+        return Config({param.name: proposed[param.name] for param in self.space.params})
