@@ -14,9 +14,9 @@ from sse_tune.templates.registry import default_plan, validate_plan
 from sse_tune.templates.stages import GRAPHS
 from sse_tune.tuning import machine
 from sse_tune.tuning.jobs import Attempt
+from sse_tune.tuning.landscape import PRUNE_RATIO, Templates, predicted_us
 from sse_tune.tuning.report import SearchInterrupted
 from sse_tune.tuning.search import search
-from sse_tune.tuning.landscape import PRUNE_RATIO, Templates, predicted_us
 from sse_tune.tuning.worker import JobResult
 
 
