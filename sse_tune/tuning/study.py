@@ -6,6 +6,7 @@ resumes; where several hosts share a PostgreSQL server, it lives there, beside t
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from collections.abc import Callable, Iterable
@@ -133,7 +134,9 @@ class SpaceStudy:
             return
         value = self._objective(None if failed else time_us)
         if trial is not None:
-            trial.set_constraint(_RULE, float(failed))
+            # another process may have read the result in the database and told it
+            with contextlib.suppress(optuna.exceptions.UpdateFinishedTrialError):
+                trial.set_constraint(_RULE, float(failed))
             self._study.tell(trial, value, skip_if_finished=True)
             return
         codes = {axis.name: axis.code(config[axis.name]) for axis in self._axes}
