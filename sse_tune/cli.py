@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from sse_tune import __version__, cli_bench, cli_check, cli_doctor, cli_exchange, cli_search, cli_show
+from sse_tune import __version__, cli_bench, cli_check, cli_doctor, cli_exchange, cli_search, cli_show, cli_sweep
 from sse_tune.cli_common import OneLineErrors
 
 app = typer.Typer(
@@ -41,6 +41,7 @@ def options(
 
 
 app.command("search")(cli_search.search)
+app.command("sweep")(cli_sweep.sweep)
 app.command("show")(cli_show.show)
 app.command("best")(cli_show.best)
 app.command("explain")(cli_show.explain)

@@ -1,9 +1,12 @@
 """What the tests share: which machine a test needs, and allocations full of poison."""
 
+import itertools
 import pathlib
 
 import pytest
 import torch
+
+from tests import postgres_server
 
 POISON = {torch.int32: -12345}
 
@@ -13,7 +16,10 @@ def pytest_collection_modifyitems(items):
     import triton
 
     interpreting = triton.knobs.runtime.interpret
+    no_server = postgres_server.why_not()
     for item in items:
+        if item.get_closest_marker("postgres") and no_server is not None:
+            item.add_marker(pytest.mark.skip(reason=no_server))
         if item.get_closest_marker("interpret") and not interpreting:
             item.add_marker(pytest.mark.skip(reason="Triton's interpreter is off; run with TRITON_INTERPRET=1"))
         if item.get_closest_marker("gpu") and (interpreting or not torch.cuda.is_available()):
@@ -35,3 +41,20 @@ def poisoned_empty():
         return torch.full(shape, POISON.get(dtype, float("nan")), dtype=dtype, device=device)
 
     return allocate
+
+
+@pytest.fixture(scope="session")
+def postgres_server_url():
+    with postgres_server.server() as url:
+        yield url
+
+
+@pytest.fixture
+def postgres_url(postgres_server_url, _numbers=itertools.count()):  # noqa: B008
+    """An empty database of its own on the tests' server."""
+    import psycopg
+
+    name = f"test_{next(_numbers)}"
+    with psycopg.connect(f"{postgres_server_url}/postgres", autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")
+    return f"{postgres_server_url}/{name}"

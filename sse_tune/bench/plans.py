@@ -6,13 +6,14 @@ import dataclasses
 import pathlib
 
 from sse_tune.bench.peers import PeerReport, peer_sides
-from sse_tune.bench.roofline import Ceilings, Floor, floor_of, measure_ceilings
+from sse_tune.bench.roofline import measure_ceilings
 from sse_tune.bench.sides import Side, SideResult, directions_of, graph_pool, own_sides, time_sides
 from sse_tune.database.store import TuningDatabase
 from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import Decision, decide
 from sse_tune.templates.registry import default_plan
+from sse_tune.templates.roofline import Ceilings, Floor, floor_of
 from sse_tune.tuning.jobs import torch_device, workload
 
 

@@ -1,68 +1,16 @@
-"""The floor: how fast a device copies and multiplies, measured, and so how long each stage must take at least.
-
-A stage takes no less than its bytes at the copy rate, nor less than its FLOPs at the matrix rate; both are counted in
-`templates/stages.py`. The floor of the staged graph is the sum over its stages, since buffers between them go through
-memory. A backend that fuses stages can be faster than that sum, never faster than `fused_us`.
-"""
+"""How fast a device copies and multiplies, measured: the rates that `templates/roofline.py` makes a floor of."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import torch
 
 from sse_tune.device import Device
-from sse_tune.problem import Problem
 from sse_tune.runtime.pipeline import DTYPES
-from sse_tune.space import Config
-from sse_tune.templates.buffers import BUFFERS, ITEM_BYTES
-from sse_tune.templates.stages import GRAPHS, stage_bytes, stage_flops, stages_of
+from sse_tune.templates.roofline import Ceilings
 from sse_tune.tuning.measure import measure
 
 _GPU_COPY_BYTES, _CPU_COPY_BYTES = 2 * 2**30, 256 * 2**20
 _GPU_MATRIX, _CPU_MATRIX = 8192, 1024
-
-
-@dataclasses.dataclass(frozen=True)
-class Ceilings:
-    """What a device does at most, measured: bytes read and written, and FLOPs of a matrix product."""
-
-    copy_bytes_per_s: float
-    matmul_flops_per_s: float
-
-
-@dataclasses.dataclass(frozen=True)
-class StageFloor:
-    """The least time of one stage: the longer of moving its bytes and doing its FLOPs."""
-
-    name: str
-    bytes: int
-    flops: float
-    memory_us: float
-    compute_us: float
-
-    @property
-    def time_us(self) -> float:
-        return max(self.memory_us, self.compute_us)
-
-
-@dataclasses.dataclass(frozen=True)
-class Floor:
-    """The least time of a problem.
-
-    Args:
-        ceilings: what it was computed from.
-        stages: of the staged graph.
-        fused_us: a bound for any implementation: inputs and results once, and the same FLOPs.
-    """
-
-    ceilings: Ceilings
-    stages: tuple[StageFloor, ...]
-    fused_us: float
-
-    @property
-    def time_us(self) -> float:
-        return sum(stage.time_us for stage in self.stages)
 
 
 def measure_ceilings(device: Device, dtype: str, time_limit_s: float = 1.0) -> Ceilings:
@@ -92,52 +40,3 @@ def _matmul_rate(size: int, dtype: torch.dtype, where: str, time_limit_s: float)
     a, b = (torch.randn(size, size, device=where).to(dtype) for _ in range(2))  # zeros would run faster
     timing = measure(lambda: a @ b, where, time_limit_s=time_limit_s)
     return 2 * size**3 / (timing.median_us * 1e-6)
-
-
-def floor_of(problem: Problem, device: Device, ceilings: Ceilings, outer: Config | None = None) -> Floor:
-    """The least time of a problem at the given ceilings.
-
-    Args:
-        problem: what is computed.
-        device: whose constraints the default outer choices must pass.
-        ceilings: of that device.
-        outer: outer choices of the staged graph; None: its defaults.
-    """
-    chosen = outer if outer else GRAPHS["staged"].default(problem, device)
-    stages = tuple(
-        StageFloor(
-            stage.name,
-            moved := stage_bytes(stage, problem, chosen),
-            flops := stage_flops(stage, problem, int(chosen["chunk_size"])),
-            1e6 * moved / ceilings.copy_bytes_per_s,
-            1e6 * flops / ceilings.matmul_flops_per_s,
-        )
-        for stage in stages_of(problem, chosen)
-    )
-    compute_us = sum(stage.compute_us for stage in stages)
-    return Floor(ceilings, stages, max(compute_us, 1e6 * call_bytes(problem, chosen) / ceilings.copy_bytes_per_s))
-
-
-def call_bytes(problem: Problem, outer: Config) -> int:
-    """The tensors of a call, each once: what even a single kernel must move."""
-    touched = {name for stage in stages_of(problem, outer) for name in (*stage.reads, *stage.writes)}
-    item, heads = ITEM_BYTES[problem.dtype], problem.num_heads
-    tokens = problem.batch * problem.seq_len
-    gate = problem.key_dim if problem.rule == "gla" else 1
-    widths = {
-        "q": problem.key_dim,
-        "k": problem.key_dim,
-        "v": problem.value_dim,
-        "o": problem.value_dim,
-        "g": gate,
-        "beta": 1,
-    }
-    total = 0
-    for name in touched - BUFFERS.keys():
-        plain = name.removeprefix("d_").removeprefix("shared_") if name != "do" else "o"
-        streams = 2 if problem.shared and problem.num_partitions and name in ("q", "k", "g", "beta") else 1
-        if plain == "router_logits":
-            total += tokens * problem.num_partitions * 4
-        elif plain in widths:
-            total += streams * tokens * heads * widths[plain] * item
-    return total  # states and cu_seqlens, a few kilobytes a sequence, are left out

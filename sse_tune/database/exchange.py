@@ -69,6 +69,17 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     Raises:
         ExchangeError: there is none.
     """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ExchangeError("the file must be readable", f"{path}: {error.strerror}", "check the path") from None
+    except ValueError as error:
+        raise ExchangeError("the file must be JSON", f"{path}: {error}", "export it again; nothing was taken") from None
+    return parse_json(text, path)
+
+
+def parse_json(text: str, path: pathlib.Path) -> dict[str, Any]:
+    """As `read_json`, of the text of a file."""
 
     def number(text: str) -> float:
         raise ValueError(f"{text} is no number of JSON")
@@ -80,9 +91,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        data = json.loads(path.read_text(encoding="utf-8"), parse_constant=number, object_pairs_hook=unique)
-    except OSError as error:
-        raise ExchangeError("the file must be readable", f"{path}: {error.strerror}", "check the path") from None
+        data = json.loads(text, parse_constant=number, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ExchangeError("the file must be JSON", f"{path}: {error}", "export it again; nothing was taken") from None
     if not isinstance(data, dict):

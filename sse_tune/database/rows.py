@@ -47,7 +47,9 @@ def put_study(connection: sa.Connection, study: Study) -> bool:
 
 
 def add_trial(connection: sa.Connection, trial: Trial) -> int:
-    if connection.execute(sa.select(STUDIES.c.id).where(STUDIES.c.id == trial.study)).first() is None:
+    # on a server the study's row is locked, so that writers count its trials one after the other
+    opened = sa.select(STUDIES.c.id).where(STUDIES.c.id == trial.study).with_for_update(key_share=True)
+    if connection.execute(opened).first() is None:
         raise DatabaseError("a trial's study must be open", repr(trial.study), "call open_study first")
     taken = sa.select(TRIALS.c.number).where(TRIALS.c.study == trial.study)
     number = trial.number

@@ -21,7 +21,8 @@ from sqlalchemy.pool import NullPool
 from sse_tune.database.records import Answer, Quarantined, Record, Study, Trial
 from sse_tune.errors import DatabaseError
 
-VERSION = 1
+VERSION = 2
+_UPGRADES = (1,)  # what only lacks tables that were added since
 BUSY_TIMEOUT_S = 60.0
 _HEADER = b"SQLite format 3\0"
 _COLUMNS: dict[str, sa.types.TypeEngine] = {
@@ -56,6 +57,19 @@ ANSWERS = _table(
     sa.Index("sse_answers_device_bucket", "device", "bucket"),
 )
 QUARANTINE = _table("sse_quarantine", Quarantined, sa.Column("identity", sa.String(32), primary_key=True))
+CLAIMS = sa.Table(
+    "sse_claims",
+    metadata,
+    sa.Column("study", sa.Text, nullable=False),
+    sa.Column("candidate", sa.String(32), nullable=False),
+    sa.Column("plan", sa.Text, nullable=False),
+    sa.Column("stage", sa.Text, nullable=True),
+    sa.Column("owner", sa.Text, nullable=False),
+    sa.Column("lease_until", sa.Float(53), nullable=False),
+    sa.Column("trial", sa.Integer, nullable=True),
+    sa.PrimaryKeyConstraint("study", "candidate"),
+    sa.ForeignKeyConstraint(["study"], ["sse_studies.id"]),
+)
 
 
 def open_engine(where: str | pathlib.Path) -> tuple[sa.Engine, str]:
@@ -84,6 +98,10 @@ def open_engine(where: str | pathlib.Path) -> tuple[sa.Engine, str]:
             metadata.create_all(connection)
             connection.execute(SCHEMA.insert().values(version=VERSION))
         versions = connection.execute(sa.select(SCHEMA.c.version)).scalars().all()
+        if len(versions) == 1 and versions[0] in _UPGRADES:
+            metadata.create_all(connection)
+            connection.execute(SCHEMA.update().values(version=VERSION))
+            versions = [VERSION]
         if versions != [VERSION]:
             raise DatabaseError(
                 f"a tuning database must be of schema version {VERSION}",

@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from sse_tune.database import claims
+from sse_tune.database.claims import Claim
 from sse_tune.database.fields import digest
 from sse_tune.database.records import Answer, Contents, Quarantined, Record, Study, Trial
 from sse_tune.database.rows import add_trial, put_answer, put_quarantined, put_study, rows, take_all
@@ -50,6 +52,11 @@ class TuningDatabase:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         self.close()
+
+    @property
+    def server_url(self) -> sa.URL | None:
+        """Of the PostgreSQL server, where other hosts reach it too; None: an SQLite file."""
+        return None if self._engine.dialect.name == "sqlite" else self._engine.url
 
     def __repr__(self) -> str:
         return f"TuningDatabase({self.name!r})"
@@ -92,6 +99,35 @@ class TuningDatabase:
         """The trials of a study, by number; None: of all studies."""
         query = sa.select(TRIALS).order_by(TRIALS.c.study, TRIALS.c.number)
         return self._read(query if study is None else query.where(TRIALS.c.study == study), Trial)
+
+    def trials_since(self, study: str, number: int) -> list[Trial]:
+        """The trials of a study from a number on."""
+        query = sa.select(TRIALS).where(TRIALS.c.study == study, TRIALS.c.number >= number)
+        return self._read(query.order_by(TRIALS.c.number), Trial)
+
+    # claims: see `claims.py`
+
+    def claim(self, wanted: Claim, owner: str, lease_s: float, since: int) -> str:
+        """Takes a candidate for `lease_s` seconds: `claims.MINE`, `THEIRS`, or `DONE` as trial `since` or later."""
+        return self._write(lambda connection: claims.claim(connection, wanted, owner, lease_s, since))
+
+    def take_lapsed(
+        self, study: str, owner: str, lease_s: float, accept: Callable[[Claim], bool]
+    ) -> Claim | None:
+        """Takes up the claim of a process that stopped renewing it; None: there is none that `accept` wants."""
+        return self._write(lambda connection: claims.take_lapsed(connection, study, owner, lease_s, accept))
+
+    def renew_claims(self, owner: str, lease_s: float) -> None:
+        """Extends the leases of an owner's open claims."""
+        self._write(lambda connection: claims.renew(connection, owner, lease_s))
+
+    def release_claims(self, owner: str) -> None:
+        """Gives an owner's open claims back."""
+        self._write(lambda connection: claims.release(connection, owner))
+
+    def finish_claim(self, trial: Trial, candidate: str, owner: str) -> int | None:
+        """Stores a claimed trial, see `add_trial`; None: the lease ran out and another process has the candidate."""
+        return self._write(lambda connection: claims.finish(connection, trial, candidate, owner))
 
     # answers
 

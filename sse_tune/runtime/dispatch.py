@@ -118,7 +118,7 @@ def _known_answers(device: Device, database: str | None) -> tuple[Answer, ...]:
 def _choose(problem: Problem, device: Device, answers: tuple[Answer, ...]) -> Decision:
     present, wanted = toolchain(), problem.bucket
     refused = []
-    for distance, answer in _by_distance(wanted, answers):
+    for distance, answer in by_distance(wanted, answers):
         plan = narrow(answer.plan, problem)
         reason = fits(answer, device, present) or _violation(plan, problem, device)
         if reason is not None:
@@ -133,7 +133,7 @@ def _choose(problem: Problem, device: Device, answers: tuple[Answer, ...]) -> De
     return Decision(default_plan(problem, device), "default", reason, None, tuple(refused))
 
 
-def _by_distance(wanted: Bucket, answers: tuple[Answer, ...]) -> list[tuple[float, Answer]]:
+def by_distance(wanted: Bucket, answers: tuple[Answer, ...]) -> list[tuple[float, Answer]]:
     """The answers that could serve, nearest first, and of one bucket the fastest first."""
     found = []
     for answer in answers:

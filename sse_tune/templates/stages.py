@@ -245,10 +245,8 @@ STAGED_OUTER = Space(
     ),
 )
 
-WHOLE_OUTER = Space()
-
 # graph name -> the outer space its plans choose from
-GRAPHS: dict[str, Space] = {"staged": STAGED_OUTER, "whole": WHOLE_OUTER}
+GRAPHS: dict[str, Space] = {"staged": STAGED_OUTER, "whole": Space()}
 
 
 def stage_names(graph: str, problem: Problem, outer: Config) -> tuple[str, ...]:
@@ -260,6 +258,17 @@ def stage_names(graph: str, problem: Problem, outer: Config) -> tuple[str, ...]:
     if graph == "staged":
         return tuple(stage.name for stage in stages_of(problem, outer))
     raise PlanError("the stage graph must be known", f"{graph!r}", f"use one of {', '.join(GRAPHS)}")
+
+
+def stage_contract(name: str, problem: Problem, outer: Config) -> tuple[object, ...]:
+    """What a stage sees of the outer choices: C, and dtype and shape of each buffer it reads or writes. Where two outer
+    points have the same contract, what was measured at one holds at the other."""
+    if name == "whole":
+        return tuple(sorted(outer.items()))
+    sizes = Sizes(problem, int(outer["chunk_size"]))
+    (stage,) = (stage for stage in stages_of(problem, outer) if stage.name == name)
+    seen = [BUFFERS[buffer] for buffer in (*stage.reads, *stage.writes) if buffer in BUFFERS]
+    return sizes.chunk_size, *((buffer.name, buffer.dtype_in(problem, outer), buffer.shape(sizes)) for buffer in seen)
 
 
 def stage_flops(stage: Stage, problem: Problem, chunk_size: int) -> float:

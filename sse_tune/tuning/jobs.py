@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import statistics
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ from sse_tune.runtime.pipeline import DTYPES, Execution, Inputs
 from sse_tune.tuning.cases import QUICK
 from sse_tune.tuning.check import check_plan, run_case, synchronize
 from sse_tune.tuning.inputs import Case
-from sse_tune.tuning.measure import compare, measure
+from sse_tune.tuning.measure import Timing, compare, measure, peak_bytes
 from sse_tune.tuning.outcomes import classify, poisons
 
 
@@ -27,7 +28,8 @@ from sse_tune.tuning.outcomes import classify, poisons
 class Attempt:
     """What became of a candidate: an outcome of `outcomes.OUTCOMES`, its reason, timings and errors.
 
-    `poisoned`: the process met a device error; its worker must be replaced.
+    `poisoned`: the process met a device error; its worker must be replaced. `peak_bytes`: of a whole plan on a GPU,
+    what a call needs above its inputs.
     """
 
     outcome: str
@@ -35,6 +37,12 @@ class Attempt:
     timings_us: tuple[float, ...] = ()
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     poisoned: bool = False
+    peak_bytes: int | None = None
+
+    @property
+    def time_us(self) -> float | None:
+        """The median; None: it failed."""
+        return statistics.median(self.timings_us) if self.outcome == "ok" else None
 
 
 def torch_device(device: Device) -> str:
@@ -108,16 +116,31 @@ def check(plan: Plan, problem: Problem, device: Device, names: tuple[str, ...] =
 
 
 def check_and_time(
-    plan: Plan, problem: Problem, device: Device, time_limit_s: float, give_up_us: float | None = None
+    plan: Plan,
+    problem: Problem,
+    device: Device,
+    time_limit_s: float,
+    give_up_us: float | None = None,
+    confirm_us: float | None = None,
 ) -> Attempt:
-    """Admits a plan, then times it end to end, briefly if it is slower than `give_up_us`."""
+    """Admits a plan, then times it end to end.
+
+    Args:
+        plan, problem, device: what runs, and where.
+        time_limit_s: of the measurement; it ends before, once the median is known well enough.
+        give_up_us: a plan slower than this is left after two repeats.
+        confirm_us: a plan faster than this, the best so far, is measured twice as long: it may be luck.
+    """
     admitted = check(plan, problem, device)
     if admitted.outcome != "ok":
         return admitted
-    graph = in_graph(plan, device)
-    return _timed(
-        lambda: _times(plan_call(plan, problem, device), device, time_limit_s, give_up_us, graph), admitted.errors
-    )
+
+    def times() -> tuple[tuple[float, ...], int | None]:
+        call = plan_call(plan, problem, device)
+        peak = peak_bytes(call, torch_device(device))
+        return _times(call, device, time_limit_s, give_up_us, confirm_us, in_graph(plan, device)), peak
+
+    return _timed(times, admitted.errors)
 
 
 def check_and_time_stage(
@@ -128,16 +151,18 @@ def check_and_time_stage(
     device: Device,
     time_limit_s: float,
     give_up_us: float | None = None,
+    confirm_us: float | None = None,
 ) -> Attempt:
     """Admits a plan that differs from an admitted one in one stage, then times that stage at full size."""
     admitted = check(plan, problem, device, QUICK[:1])
     if admitted.outcome != "ok":
         return admitted
 
-    def times() -> tuple[float, ...]:
+    def times() -> tuple[tuple[float, ...], int | None]:
         execution = _running(base, problem, device)
         choice = plan.stages[stage]
-        return _times(lambda: execution.run_stage(stage, choice), device, time_limit_s, give_up_us)
+        call = functools.partial(execution.run_stage, stage, choice)
+        return _times(call, device, time_limit_s, give_up_us, confirm_us), None
 
     return _timed(times, admitted.errors)
 
@@ -165,15 +190,29 @@ def _running(plan: Plan, problem: Problem, device: Device) -> Execution:
 
 
 def _times(
-    call: Callable[[], object], device: Device, time_limit_s: float, give_up_us: float | None, graph: bool = False
+    call: Callable[[], object],
+    device: Device,
+    time_limit_s: float,
+    give_up_us: float | None,
+    confirm_us: float | None,
+    graph: bool = False,
 ) -> tuple[float, ...]:
-    limits = dict(time_limit_s=time_limit_s, min_repeats=3, give_up_us=give_up_us, graph=graph)
-    return measure(call, torch_device(device), **limits).times_us  # type: ignore[arg-type]
+    def once() -> Timing:
+        return measure(
+            call, torch_device(device), time_limit_s=time_limit_s, min_repeats=3, give_up_us=give_up_us, graph=graph,
+            until_precise=True,
+        )  # fmt: skip
+
+    first = once()
+    if confirm_us is None or first.median_us >= confirm_us:
+        return first.times_us
+    return first.times_us + once().times_us
 
 
-def _timed(times: Callable[[], tuple[float, ...]], errors: dict[str, float]) -> Attempt:
+def _timed(times: Callable[[], tuple[tuple[float, ...], int | None]], errors: dict[str, float]) -> Attempt:
     try:
-        return Attempt("ok", None, times(), errors)
+        measured, peak = times()
+        return Attempt("ok", None, measured, errors, peak_bytes=peak)
     except Exception as error:  # a candidate may fail at full size in any way
         outcome, reason = classify(error)
         return Attempt(outcome, f"while it was timed: {reason}", (), errors, poisons(error))

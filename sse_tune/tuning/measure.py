@@ -1,6 +1,7 @@
 """How long a call takes: warm, L2 flushed, medians with their spread; rivals are measured in turn.
 
-On a GPU by CUDA events, in a CUDA graph where asked for; on a CPU by the clock, the same way.
+On a GPU by CUDA events, in a CUDA graph where asked for; on a CPU by the clock, the same way. Repeats end when the
+median is known well enough; samples that stick out are measured again, and what is hopeless is left after two.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Callable, Mapping
 import torch
 
 MAX_REPEATS = 400
+PRECISION = 0.005  # of the median: half its 95 % interval
+_OUTLIER_IQRS = 3.0  # beyond the upper quartile: something else ran
+_MIN_FOR_QUARTILES = 5
 _FLUSH_BYTES = 256 * 2**20  # more than the L2 of any GPU
 _CPU_FLUSH_BYTES = 64 * 2**20
 
@@ -40,6 +44,20 @@ class Timing:
         low, high = self.quartiles_us
         return 1.57 * (high - low) / len(self.times_us) ** 0.5
 
+    @property
+    def is_precise(self) -> bool:
+        """Whether enough samples agree that more would hardly move the median."""
+        return len(self.times_us) >= _MIN_FOR_QUARTILES and self.noise_us <= PRECISION * self.median_us
+
+    @property
+    def outliers(self) -> tuple[int, ...]:
+        """The samples that lie far above the rest. None lies far below: nothing makes a call faster than it is."""
+        if len(self.times_us) < _MIN_FOR_QUARTILES:
+            return ()
+        low, high = self.quartiles_us
+        limit = high + _OUTLIER_IQRS * max(high - low, PRECISION * self.median_us)
+        return tuple(i for i, time_us in enumerate(self.times_us) if time_us > limit)
+
     def beats(self, other: Timing, margin: float = 0.01) -> bool:
         """Whether this call is faster than another measured in turn with it, by more than the noise and `margin`.
 
@@ -57,6 +75,7 @@ def compare(
     min_repeats: int = 5,
     graph: bool = False,
     give_up_us: float | None = None,
+    until_precise: bool = False,
 ) -> dict[str, Timing]:
     """Times several calls in turn, so that what drifts (clocks, temperature, other load) meets them all.
 
@@ -67,6 +86,11 @@ def compare(
         min_repeats: of each side.
         graph: replay each call as a CUDA graph; fails for a call that synchronises.
         give_up_us: stop after two repeats when none was faster than this.
+        until_precise: stop before the limit once the median of every side is known to within `PRECISION`.
+
+    Returns:
+        A `Timing` of each side; all have as many samples, and the i-th ones were taken in turn. A repeat in which a
+        side stuck out is taken again, of all sides, once.
     """
     where = torch.device(device)
     calls = dict(sides)
@@ -85,8 +109,13 @@ def compare(
             break
         if repeat == 2 and give_up_us is not None and all(min(times) > give_up_us for times in sample_times.values()):
             break
+        if until_precise and repeat >= min_repeats and all(Timing(tuple(t)).is_precise for t in sample_times.values()):
+            break
         for name, call in calls.items():
             sample_times[name].append(sample(call))
+    for repeat in sorted({i for times in sample_times.values() for i in Timing(tuple(times)).outliers}):
+        for name, call in calls.items():
+            sample_times[name][repeat] = sample(call)
     return {name: Timing(tuple(times)) for name, times in sample_times.items()}
 
 
@@ -98,10 +127,27 @@ def measure(
     min_repeats: int = 5,
     graph: bool = False,
     give_up_us: float | None = None,
+    until_precise: bool = False,
 ) -> Timing:
     """Times one call until the limit is reached; see `compare`."""
-    limits = dict(time_limit_s=time_limit_s, min_repeats=min_repeats, give_up_us=give_up_us)
-    return compare({"": call}, device, graph=graph, **limits)[""]  # type: ignore[arg-type]
+    return compare(
+        {"": call}, device, time_limit_s=time_limit_s, min_repeats=min_repeats, graph=graph, give_up_us=give_up_us,
+        until_precise=until_precise,
+    )[""]  # fmt: skip
+
+
+def peak_bytes(call: Callable[[], object], device: torch.device | str) -> int | None:
+    """What a warm call allocates at most beside what is there before it, results included; None on a CPU: not known."""
+    where = torch.device(device)
+    if where.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize(where)
+    torch.cuda.reset_peak_memory_stats(where)
+    before = torch.cuda.memory_allocated(where)
+    call()
+    torch.cuda.synchronize(where)
+    return torch.cuda.max_memory_allocated(where) - before
 
 
 class _GpuSampler:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from sse_tune.device import Device
 from sse_tune.plan import Plan
@@ -23,6 +24,24 @@ class SearchInterrupted(KeyboardInterrupt):
         super().__init__(f"stopped; {trials} trials are kept in study {study}; go on with resume=True (`--resume`)")
 
 
+@dataclasses.dataclass(frozen=True)
+class FrontierPlan:
+    """A plan's median time end to end, and what a call of it needs above its inputs."""
+
+    plan: str
+    time_us: float
+    peak_bytes: int
+
+
+def frontier(timed: Iterable[FrontierPlan]) -> tuple[FrontierPlan, ...]:
+    """Those that no other beats in both time and memory, fastest first."""
+    kept: list[FrontierPlan] = []
+    for one in sorted(timed, key=lambda one: (one.time_us, one.peak_bytes)):
+        if not kept or one.peak_bytes < kept[-1].peak_bytes:
+            kept.append(one)
+    return tuple(kept)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchReport:
     """The result of a search.
@@ -40,6 +59,9 @@ class SearchReport:
         trials: all trials of the study, rejected ones included.
         wall_s: how long the search took.
         stored: whether the database took the answer; it keeps the faster of two.
+        ties: how many other plans the noise cannot tell from the answer.
+        frontier: plans that none beats in both time and memory, fastest first; empty where memory is not known.
+        over_memory: how many plans were left out for needing more memory than allowed.
         default_failure: why the default was not admitted.
     """
 
@@ -57,6 +79,9 @@ class SearchReport:
     wall_s: float
     stored: bool
     default_failure: str | None = None
+    ties: int = 0
+    frontier: tuple[FrontierPlan, ...] = ()
+    over_memory: int = 0
 
     @property
     def default_time_us(self) -> float | None:
@@ -92,6 +117,14 @@ class SearchReport:
             lines.insert(3, f"speed-up {self.speedup:.2f}x{remark}")
         else:
             lines.insert(1, f"default  not admitted: {self.default_failure}")
+        if self.ties:
+            lines.append(f"ties     {self.ties} plans that the noise cannot tell from the best")
+        lines += [
+            f"time and memory  {one.time_us:.0f} us, {one.peak_bytes / 2**20:.0f} MiB: plan {one.plan}"
+            for one in self.frontier
+        ]
+        if self.over_memory:
+            lines.append(f"memory   {self.over_memory} plans needed more than allowed and were left out")
         return lines
 
     def to_dict(self) -> dict[str, object]:
@@ -111,6 +144,9 @@ class SearchReport:
             "trials": self.trials,
             "wall_s": self.wall_s,
             "stored": self.stored,
+            "ties": self.ties,
+            "frontier": [dataclasses.asdict(one) for one in self.frontier],
+            "over_memory": self.over_memory,
         }
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import pathlib
-import statistics
 from collections.abc import Sequence
 
 import torch
@@ -16,22 +15,25 @@ from sse_tune.device import Device, driver_version, toolchain
 from sse_tune.errors import SearchError
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
-from sse_tune.templates.registry import BACKENDS, default_backend, default_plan, graph_of
-from sse_tune.tuning import jobs
+from sse_tune.templates.registry import default_plan, graph_of
 from sse_tune.tuning.ahead import CompileAhead
-from sse_tune.tuning.cases import FINAL, QUICK
-from sse_tune.tuning.check import chunk_size_of
-from sse_tune.tuning.evaluate import PLAN_DEADLINE_S, Evaluator
+from sse_tune.tuning.candidates import Candidate, Settings
+from sse_tune.tuning.engine import Engine
+from sse_tune.tuning.evaluate import Evaluator
+from sse_tune.tuning.finals import Finals, Verdict
 from sse_tune.tuning.jobs import Attempt
-from sse_tune.tuning.measure import Timing
+from sse_tune.tuning.landscape import Templates
+from sse_tune.tuning.lanes import Lanes
+from sse_tune.tuning.machine import backends_for, detect, workers_for
 from sse_tune.tuning.recorder import Progress, Recorder
-from sse_tune.tuning.report import SearchInterrupted, SearchReport
-from sse_tune.tuning.staged import PLAN_TIME_LIMIT_S, search_staged, search_whole
-from sse_tune.tuning.worker import Worker
+from sse_tune.tuning.report import FrontierPlan, SearchInterrupted, SearchReport, frontier
+from sse_tune.tuning.samplers import check_sampler
+from sse_tune.tuning.shared import incumbent, known_plans, shared_storage
+from sse_tune.tuning.strategy import Decomposed, Strategy, WholePlans
 
-_TUNING_SHARE = 0.8  # of the budget; the rest is for the finalists
-_FINALISTS = 3
-_CLOSE = 1.25
+_EXPLORING_SHARE = 0.75  # of the budget; the rest is for the finalists and the neighbours of the best
+_MAX_OUTER_POINTS = 4
+_SECONDS_PER_OUTER_POINT = 60.0
 _SEED = 0
 
 
@@ -44,13 +46,18 @@ def search(
     resume: bool = False,
     trials: int | None = None,
     progress: Progress | None = None,
-    device: Device | torch.device | str | None = None,
+    device: Device | torch.device | str | Sequence[str] | None = None,
+    sampler: str = "auto",
+    target: float | None = None,
+    max_memory_bytes: int | None = None,
 ) -> SearchReport:
     """Tune a problem on this machine and keep the answer.
 
     The default plan is admitted and timed first. Candidates are compiled ahead where there is a compiler, admitted
     against the reference, timed in a worker process, and written to the database as each ends. The fastest are measured
-    again in turn with the default: the answer is the default unless another beats it by more than the noise.
+    again in turn with what would run without this search, then the neighbours of the best: the answer is the incumbent
+    unless another beats it by more than the noise. Several processes, on one host or many, may search the same problem
+    on the same kind of device in one database: each candidate is tried by one of them.
 
     Args:
         problem: what to tune; its bucket shares the answer.
@@ -60,66 +67,103 @@ def search(
         resume: go on with the trials of this problem, device and backends that are there.
         trials: run at most so many candidates; None: what the budget allows.
         progress: called with (phase, done, total, best time in us so far).
-        device: what to tune for; None: the GPU if there is one, else the CPU.
+        device: what to tune for; None: the GPU if there is one, else the CPU. Several names of equal devices: a worker
+            for each, side by side.
+        sampler: "tpe", "gp", "random", "exhaustive", or "auto": exhaustive where a space fits the budget, else TPE.
+        target: end once what was found is estimated to be within this factor of the best, 1.03 for 3 %.
+        max_memory_bytes: leave out plans that need more above their inputs; on a GPU only.
 
     Returns:
         SearchReport: timings of the default and of the answer, the plan, errors, trials by outcome.
 
     Raises:
-        SearchError: the budget or a backend makes no sense, or no plan was admitted.
+        SearchError: the budget, a backend, the sampler, the target or the memory limit makes no sense, or no plan was
+            admitted.
         SearchInterrupted: Ctrl-C; what was tried is kept.
         WorkerError: no worker process can be started.
     """
     if budget_s <= 0 or (trials is not None and trials < 1):
         raise SearchError("the budget must be positive", f"budget_s={budget_s}, trials={trials}", "give it seconds")
+    if target is not None and target <= 1:
+        raise SearchError("a target must be above 1", f"target={target}", "1.03 asks for 3 % of the best")
+    check_sampler(sampler)
     with contextlib.ExitStack() as stack:
         opened = database
         if not isinstance(opened, TuningDatabase):
             opened = stack.enter_context(TuningDatabase(database))  # type: ignore[arg-type]
-        worker = stack.enter_context(Worker())
-        found = device if isinstance(device, Device) else _detect(worker, device)
-        chosen = _backends(backends, found)
+        lanes = Lanes(workers_for(device))
+        stack.callback(lanes.close)
+        found = detect(lanes, device)
+        chosen = backends_for(backends, found)
+        if max_memory_bytes is not None and (found.kind != "cuda" or max_memory_bytes < 1):
+            raise SearchError("a memory limit is in bytes, and needs a GPU", f"{max_memory_bytes} on {found.name}",
+                              "leave it out")  # fmt: skip
         study = opened.open_study(study_key(problem, found, chosen), problem, found, {"budget_s": budget_s})
-        known = opened.trials(study) if resume else []
-        recorder = Recorder(opened, study, known, budget_s, trials, progress)
-        evaluator = Evaluator(problem, found, recorder, worker)
+        recorder = Recorder(
+            opened, study, problem, resume=resume, budget_s=budget_s, max_trials=trials, progress=progress
+        )
+        stack.callback(recorder.close)
         ahead = None
         if found.kind == "cuda" and "triton" in chosen:
             ahead = stack.enter_context(CompileAhead(found))
+        engine = Engine(Evaluator(problem, found, recorder), ahead, lanes, max_memory_bytes)
         try:
-            return _search(evaluator, ahead, chosen)
+            return _search(engine, chosen, sampler, target)
         except KeyboardInterrupt:
             recorder.interrupt()
             raise SearchInterrupted(study, len(recorder.known)) from None
 
 
-def _search(evaluator: Evaluator, ahead: CompileAhead | None, backends: tuple[str, ...]) -> SearchReport:
-    problem, device, recorder = evaluator.problem, evaluator.device, evaluator.recorder
+def _search(engine: Engine, backends: tuple[str, ...], sampler: str, target: float | None) -> SearchReport:
+    problem, device, recorder = engine.problem, engine.evaluator.device, engine.recorder
     recorder.report("admitting the default", 0, 1)
-    default = default_plan(problem, device, _first_backend(backends, device))
-    if ahead is not None:
-        for future in ahead.submit_plan(default, problem, chunk_size_of(default), QUICK):
-            future.exception()
-    first = evaluator.plan(default, PLAN_TIME_LIMIT_S)
-    found: list[Plan] = []
+    default = default_plan(problem, device, backends[0])
+    first = engine.evaluate(Candidate("plan", default))
+    known = known_plans(recorder.database, problem, device, backends)
+    holder = incumbent(recorder.database, problem, device)
+    if holder is not None and {choice.backend for choice in holder.stages.values()} <= set(backends):
+        recorder.report("admitting the incumbent", 0, 1)
+        engine.evaluate(Candidate("plan", holder))
+    else:
+        holder = None
+    storage = shared_storage(recorder.database)
     staged = tuple(backend for backend in backends if graph_of(backend) == "staged")
     groups = [staged] if staged else []
     groups += [(backend,) for backend in backends if graph_of(backend) == "whole"]
+    found: list[Plan] = []
     for number, group in enumerate(groups, start=1):
-        share = _TUNING_SHARE * number / len(groups)
-        if graph_of(group[0]) == "staged":
-            found += search_staged(evaluator, ahead, group, share, _SEED)
-        else:
-            found += search_whole(evaluator, group[0], share, _SEED)
-    finalists = _finalists(evaluator, found, default, admitted=first.outcome == "ok")
-    if not finalists:
+        share = _EXPLORING_SHARE * number / len(groups)
+        points = int(recorder.remaining_s(share) / _SECONDS_PER_OUTER_POINT)
+        settings = Settings(
+            sampler=sampler, seed=_SEED, target=target,
+            max_points=max(1, min(_MAX_OUTER_POINTS, points)),
+            used=lambda share=share: recorder.elapsed_s / (share * recorder.budget_s),  # type: ignore[misc]
+            room=lambda share=share: recorder.room(share),  # type: ignore[misc]
+            known=engine.known, on_rejected=recorder.reject, storage=storage, study=recorder.study,
+        )  # fmt: skip
+        kind: type[Strategy] = Decomposed if graph_of(group[0]) == "staged" else WholePlans
+        of_graph = [plan for plan in known if plan.graph == graph_of(group[0])]
+        strategy = kind(Templates(problem, device, group), settings, of_graph)  # type: ignore[call-arg]
+        engine.run(strategy, share)
+        found += strategy.plans()
+    admitted = engine.known(Candidate("plan", default))
+    if not found and (admitted is None or admitted.time_us is None):
+        reason = f"{first.outcome}, {first.reason}"
+        if engine.over_memory:
+            reason = f"the least memory was {min(engine.over_memory.values())} bytes above the inputs"
         raise SearchError(
-            "some plan must pass admission", f"the default failed: {first.outcome}, {first.reason}",
+            "some plan must pass admission and the limits", f"the default failed: {reason}",
             "run `sse-tune check` for the whole story",
-        )
-    best, timings, errors = _decide(evaluator, finalists, default)
-    timing = timings[best.key]
-    default_timing = timings.get(default.key)
+        )  # fmt: skip
+    verdict = Finals(engine, default, holder).decide(found)
+    return _report(engine, backends, sampler, default, first, verdict)
+
+
+def _report(
+    engine: Engine, backends: tuple[str, ...], sampler: str, default: Plan, first: Attempt, verdict: Verdict
+) -> SearchReport:
+    problem, device, recorder = engine.problem, engine.evaluator.device, engine.recorder
+    best, timing, base = verdict.plan, verdict.timing, verdict.default
     answer = Answer(
         bucket=problem.bucket.name,
         device=device.slug,
@@ -130,103 +174,38 @@ def _search(evaluator: Evaluator, ahead: CompileAhead | None, backends: tuple[st
         problem=problem.to_dict(),
         plan=best,
         time_us=timing.median_us,
-        default_time_us=None if default_timing is None else default_timing.median_us,
+        default_time_us=None if base is None else base.median_us,
         timings_us=timing.times_us,
-        errors=errors,
+        errors=verdict.errors,
         created=now(),
         how={
             "study": recorder.study, "trials": sum(recorder.outcomes.values()), "budget_s": recorder.budget_s,
-            "seed": _SEED, "backends": list(backends), "wall_s": round(recorder.elapsed_s, 1),
+            "sampler": sampler, "seed": _SEED, "backends": list(backends), "wall_s": round(recorder.elapsed_s, 1),
+            "ties": [plan.key for plan in verdict.ties], "neighbours": verdict.neighbours,
         },
     )  # fmt: skip
     recorder.report("done", 1, 1)
+    timed = [
+        FrontierPlan(Plan.from_dict(trial.plan).key, trial.time_us, int(trial.resources["peak_bytes"]))
+        for trial in recorder.known.values()
+        if trial.kind == "plan" and trial.outcome == "ok" and trial.time_us and "peak_bytes" in trial.resources
+    ]
     return SearchReport(
         problem=problem,
         device=device,
         bucket=problem.bucket.name,
         study=recorder.study,
-        default=default_timing,
+        default=base,
         best=timing,
         plan=best,
         is_default=best == default,
-        errors=errors,
+        errors=verdict.errors,
         outcomes=dict(recorder.outcomes),
         trials=sum(recorder.outcomes.values()),
         wall_s=recorder.elapsed_s,
         stored=recorder.database.put_answer(answer),
         default_failure=None if first.outcome == "ok" else f"{first.outcome}: {first.reason}",
+        ties=len(verdict.ties),
+        frontier=frontier(timed),
+        over_memory=len(engine.over_memory),
     )
-
-
-def _finalists(evaluator: Evaluator, found: list[Plan], default: Plan, *, admitted: bool) -> list[Plan]:
-    """The default, if admitted, and the fastest of the others."""
-    timed: dict[str, tuple[float, Plan]] = {}
-    for plan in found:
-        known = evaluator.recorder.lookup("plan", None, plan)
-        if known is not None and known.outcome == "ok" and plan != default:
-            timed[plan.key] = (statistics.median(known.timings_us), plan)
-    ranked = sorted(timed.values(), key=lambda pair: pair[0])[:_FINALISTS]
-    # those that two runs could not tell from the best; others would only take its time
-    fastest = [plan for time_us, plan in ranked if time_us <= _CLOSE * ranked[0][0]]
-    return ([default] if admitted else []) + fastest
-
-
-def _decide(
-    evaluator: Evaluator, finalists: list[Plan], default: Plan
-) -> tuple[Plan, dict[str, Timing], dict[str, float]]:
-    """Measures the finalists in turn and takes the first, by time, that passes the longer admission.
-
-    The default stays unless the noise cannot explain the difference.
-    """
-    recorder, worker = evaluator.recorder, evaluator.worker
-    problem, device = evaluator.problem, evaluator.device
-    recorder.report("finalists", 0, len(finalists))
-    limit = min(15.0, max(1.0, 0.6 * recorder.remaining_s()))
-    by_key = {plan.key: plan for plan in finalists}
-    done = worker.run(jobs.time_in_turn, by_key, problem, device, limit, deadline_s=PLAN_DEADLINE_S)
-    if done.outcome != "ok":
-        raise SearchError("the finalists must run again", f"{done.outcome}: {done.reason}", "resume the search")
-    timings = {key: Timing(times) for key, times in done.value.items()}
-    base = timings.get(default.key)
-    faster = [key for key, timing in timings.items() if base is None or timing.beats(base)]
-    ranked = sorted(faster, key=lambda key: timings[key].median_us)
-    if base is not None:
-        ranked.append(default.key)
-    failures: list[str] = []
-    for number, key in enumerate(ranked):
-        recorder.report("final admission", number, len(ranked))
-        checked = worker.run(jobs.check, by_key[key], problem, device, FINAL, deadline_s=PLAN_DEADLINE_S)
-        attempt = checked.value if checked.outcome == "ok" else Attempt(checked.outcome, checked.reason)
-        if attempt.outcome == "ok":
-            return by_key[key], timings, attempt.errors
-        recorder.begin("plan", None, by_key[key])
-        recorder.end(attempt)
-        failures.append(f"{attempt.outcome}, {attempt.reason}")
-    raise SearchError("some plan must pass the final admission", failures[0], "run `sse-tune check` to see all cases")
-
-
-def _backends(backends: Sequence[str] | None, device: Device) -> tuple[str, ...]:
-    if backends is None:
-        return (default_backend(device),)
-    unknown = [backend for backend in backends if backend not in BACKENDS]
-    if unknown or not backends:
-        known = ", ".join(BACKENDS)
-        raise SearchError("the backends must be known", ", ".join(unknown) or "none", f"choose of {known}")
-    staged = [backend for backend in backends if graph_of(backend) == "staged"]
-    if device.kind == "cpu" and staged:
-        raise SearchError(f"{', '.join(staged)} kernels need a GPU", device.name, "use --backends torch here")
-    return tuple(dict.fromkeys(backends))
-
-
-def _first_backend(backends: tuple[str, ...], device: Device) -> str:
-    """What an untuned call would use if it is among those searched, else the first of them."""
-    usual = default_backend(device)
-    return usual if usual in backends else backends[0]
-
-
-def _detect(worker: Worker, device: torch.device | str | None) -> Device:
-    """Asked in the worker: this process never touches a GPU."""
-    done = worker.run(Device.detect, None if device is None else str(device), deadline_s=120)
-    if done.outcome != "ok":
-        raise SearchError("the device must be there", str(done.reason), "run `sse-tune doctor`")
-    return done.value

@@ -46,10 +46,13 @@ class Worker:
     Args:
         memory_limit_bytes: of the child's private memory, so that a greedy candidate fails alone; None: no limit.
         threads: the child's CPU threads; None: torch's choice.
+        gpu: the number of the one GPU that the child sees, as its "cuda"; None: it sees what this process does.
     """
 
-    def __init__(self, *, memory_limit_bytes: int | None = None, threads: int | None = None) -> None:
-        self._memory_limit_bytes, self._threads = memory_limit_bytes, threads
+    def __init__(
+        self, *, memory_limit_bytes: int | None = None, threads: int | None = None, gpu: int | None = None
+    ) -> None:
+        self._memory_limit_bytes, self._threads, self._gpu = memory_limit_bytes, threads, gpu
         self._process: subprocess.Popen | None = None
         self._connection: multiprocessing.connection.Connection | None = None
         self._log: IO[bytes] | None = None
@@ -115,7 +118,7 @@ class Worker:
         self._process = subprocess.Popen(
             [sys.executable, "-c", _PROGRAM, json.dumps(arguments)],
             pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
-            start_new_session=True,
+            start_new_session=True, env=self._environment(),
         )
         theirs.close()
         self._connection = multiprocessing.connection.Connection(ours.detach())
@@ -131,6 +134,15 @@ class Worker:
             reason = self._last_words()
             self._kill()
             raise WorkerError("a worker process must start", reason, "run `sse-tune doctor`")
+
+    def _environment(self) -> dict[str, str]:
+        environment = dict(os.environ)
+        if self._gpu is not None:
+            visible = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+            if visible and self._gpu >= len(visible):
+                raise WorkerError("the GPU must be there", f"cuda:{self._gpu} of {len(visible)}", "name another one")
+            environment["CUDA_VISIBLE_DEVICES"] = visible[self._gpu] if visible else str(self._gpu)
+        return environment
 
     def _last_words(self) -> str:
         """Why the child ended: its signal or exit code and the end of what it printed."""

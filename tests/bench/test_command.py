@@ -8,12 +8,13 @@ import types
 import pytest
 from typer.testing import CliRunner
 
-from sse_tune.bench import plans, plot, roofline
+from sse_tune.bench import plans, plot
 from sse_tune.bench.plans import Bench
 from sse_tune.bench.sides import SideResult
 from sse_tune.cli import app
 from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import Decision
+from sse_tune.templates import roofline
 from sse_tune.tuning.measure import Timing
 
 TINY = [
@@ -25,7 +26,7 @@ TINY = [
 @pytest.fixture(autouse=True)
 def known_ceilings(monkeypatch):
     """The two seconds that measuring them takes are not what is tested here."""
-    monkeypatch.setattr(roofline, "measure_ceilings", lambda device, dtype: roofline.Ceilings(1e10, 1e11))
+    monkeypatch.setattr("sse_tune.bench.roofline.measure_ceilings", lambda device, dtype: roofline.Ceilings(1e10, 1e11))
 
 
 def run(*arguments):

@@ -8,11 +8,11 @@ import torch
 
 from sse_tune.bench import peers
 from sse_tune.bench.plans import bench
-from sse_tune.bench.roofline import Ceilings
 from sse_tune.device import Device
 from sse_tune.errors import DeviceError
 from sse_tune.problem import Problem
 from sse_tune.reference import recurrent
+from sse_tune.templates.roofline import Ceilings
 
 SMALL = Problem(rule="gdn", seq_len=16, num_heads=1, head_dim=8, norm="after", dtype="fp32")
 

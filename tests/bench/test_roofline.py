@@ -2,10 +2,11 @@
 
 import pytest
 
-from sse_tune.bench.roofline import Ceilings, call_bytes, floor_of, measure_ceilings
+from sse_tune.bench.roofline import measure_ceilings
 from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.space import Config
+from sse_tune.templates.roofline import Ceilings, call_bytes, floor_of
 from sse_tune.templates.stages import stages_of
 
 H200 = Ceilings(copy_bytes_per_s=4.26e12, matmul_flops_per_s=680e12)

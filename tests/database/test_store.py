@@ -194,5 +194,5 @@ def test_password_is_not_shown():
 
 def test_tables_can_be_made_on_postgresql():
     statements = [str(CreateTable(table).compile(dialect=postgresql.dialect())) for table in metadata.sorted_tables]
-    assert len(statements) == 5
+    assert len(statements) == 6
     assert all("CREATE TABLE sse_" in statement for statement in statements)

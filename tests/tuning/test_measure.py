@@ -4,6 +4,7 @@ import time
 
 import pytest
 
+from sse_tune.tuning import measure as measuring
 from sse_tune.tuning.measure import Timing, compare, measure
 
 
@@ -42,3 +43,55 @@ def test_noise_makes_a_tie():
 
 def test_gain_within_the_margin_is_a_tie():
     assert not Timing((99.5,) * 9).beats(Timing((100.0,) * 9))
+
+
+class Scripted:
+    """A sampler that takes its times from a list, of each call in turn, and repeats the last."""
+
+    def __init__(self, **times):
+        self.times, self.taken = times, dict.fromkeys(times, 0)
+
+    def __call__(self, call):
+        name = call()
+        number = self.taken[name]
+        self.taken[name] += 1
+        return self.times[name][min(number, len(self.times[name]) - 1)]
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    def install(**times):
+        sampler = Scripted(**times)
+        monkeypatch.setattr(measuring, "_CpuSampler", lambda: sampler)
+        return sampler
+
+    return install
+
+
+def test_repeats_end_when_the_median_is_known(scripted):
+    steady = scripted(a=[100.0])
+    assert measure(lambda: "a", "cpu", time_limit_s=5, min_repeats=3, until_precise=True).times_us == (100.0,) * 5
+    assert steady.taken["a"] == 6, "one to warm up"
+    wild = scripted(a=[100.0, 150.0, 90.0, 140.0, 95.0] * 100)
+    timing = measure(lambda: "a", "cpu", time_limit_s=5, until_precise=True)
+    assert len(timing.times_us) == measuring.MAX_REPEATS == wild.taken["a"] - 1 - len(timing.outliers)
+
+
+def test_hopeless_is_left_after_two(scripted):
+    sampler = scripted(a=[100.0])
+    assert measure(lambda: "a", "cpu", min_repeats=3, give_up_us=60).times_us == (100.0, 100.0)
+    assert sampler.taken["a"] == 3
+    assert len(measure(lambda: "a", "cpu", give_up_us=110, time_limit_s=0).times_us) == 5
+
+
+def test_outliers_are_measured_again_in_turn(scripted):
+    sampler = scripted(a=[1.0, 100.0, 101.0, 900.0, 99.0, 100.0, 101.0], b=[1.0, 200.0, 201.0, 202.0, 199.0, 200.0])
+    timings = compare({"a": lambda: "a", "b": lambda: "b"}, "cpu", time_limit_s=0, min_repeats=5)
+    assert timings["a"].times_us == (100.0, 101.0, 101.0, 99.0, 100.0), "the third was taken again"
+    assert timings["b"].times_us == (200.0, 201.0, 200.0, 199.0, 200.0), "and its neighbour with it"
+    assert sampler.taken == {"a": 7, "b": 7}
+
+
+def test_a_sample_that_is_slow_again_stays(scripted):
+    scripted(a=[1.0, 100.0, 101.0, 900.0, 99.0, 100.0, 901.0])
+    assert 901.0 in measure(lambda: "a", "cpu", time_limit_s=0, min_repeats=5).times_us

@@ -12,11 +12,11 @@ from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.templates.registry import default_plan, validate_plan
 from sse_tune.templates.stages import GRAPHS
-from sse_tune.tuning import search as search_module
+from sse_tune.tuning import machine
 from sse_tune.tuning.jobs import Attempt
+from sse_tune.tuning.landscape import PRUNE_RATIO, Templates, predicted_us
 from sse_tune.tuning.report import SearchInterrupted
 from sse_tune.tuning.search import search
-from sse_tune.tuning.staged import outer_points, predicted_us
 from sse_tune.tuning.worker import JobResult
 
 
@@ -76,10 +76,7 @@ class PlantedWorker:
     def __init__(self, bad):
         self.bad, self.runs = bad, 0
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
+    def close(self):
         pass
 
     def run(self, job, *arguments, deadline_s):
@@ -99,7 +96,7 @@ class PlantedWorker:
 
 def test_bad_candidates_are_recorded_and_not_tried_again(small, database, cpu, monkeypatch):
     bad = ("wrong", "crash", "timeout", "out_of_memory")
-    monkeypatch.setattr(search_module, "Worker", lambda: PlantedWorker(bad))
+    monkeypatch.setattr(machine, "Worker", lambda gpu: PlantedWorker(bad))
     report = search(small, 30, database=database, device=cpu)
     for outcome in bad:
         (trial,) = [trial for trial in database.trials(report.study) if trial.outcome == outcome]
@@ -121,7 +118,7 @@ def test_default_stays_unless_beaten_beyond_the_noise(small, database, cpu, monk
                 return JobResult("ok", times, None, 0.1)
             return super().run(job, *arguments, deadline_s=deadline_s)
 
-    monkeypatch.setattr(search_module, "Worker", lambda: Tied(()))
+    monkeypatch.setattr(machine, "Worker", lambda gpu: Tied(()))
     report = search(small, 30, database=database, device=cpu)
     assert report.is_default
     assert report.plan == default_plan(small, cpu)
@@ -132,7 +129,7 @@ def test_nothing_admitted_is_an_error(small, database, cpu, monkeypatch):
         def run(self, job, *arguments, deadline_s):
             return JobResult("timeout", None, "planted", 0.1)
 
-    monkeypatch.setattr(search_module, "Worker", lambda: Wrong(()))
+    monkeypatch.setattr(machine, "Worker", lambda gpu: Wrong(()))
     with pytest.raises(SearchError, match="the default failed: timeout, planted"):
         search(small, 30, database=database, device=cpu)
     assert {t.outcome for t in database.trials()} <= {"timeout", "rejected"}
@@ -152,11 +149,13 @@ def test_bad_arguments(small, database, cpu, arguments, rule):
         search(small, database=database, device=cpu, **arguments)
 
 
-def test_outer_points_are_ranked_by_the_model():
+def test_outer_points_far_behind_in_the_model_are_refused_with_the_reason():
     problem, gpu = Problem.preset("spikingbrain2-5b"), Device.from_arch("sm_90")
-    default = GRAPHS["staged"].default(problem, gpu)
-    points = outer_points(problem, gpu, default, 4)
-    assert points[0] == default
-    assert len(set(points)) == 4
-    predictions = [predicted_us(problem, outer) for outer in points[1:]]
-    assert predictions == sorted(predictions)
+    outer = Templates(problem, gpu, ("triton",)).outer
+    kept, declared = set(outer.configs(problem, gpu)), set(GRAPHS["staged"].configs(problem, gpu))
+    best = min(predicted_us(problem, gpu, point) for point in declared)
+    assert default_plan(problem, gpu).outer in kept
+    assert kept < declared
+    for point in declared - kept:
+        assert predicted_us(problem, gpu, point) > PRUNE_RATIO * best
+        assert "the roofline must predict at most 1.5 times" in outer.violations(problem, point, gpu)[0]

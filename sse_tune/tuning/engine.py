@@ -1,0 +1,182 @@
+"""The engine of a search: asks a strategy, has candidates compiled ahead, runs them side by side, tells their times."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+from sse_tune.plan import Plan
+from sse_tune.templates.stages import stage_contract
+from sse_tune.tuning.ahead import CompileAhead
+from sse_tune.tuning.candidates import Candidate, Known
+from sse_tune.tuning.cases import QUICK
+from sse_tune.tuning.check import chunk_size_of
+from sse_tune.tuning.evaluate import Evaluator, Pending
+from sse_tune.tuning.jobs import Attempt
+from sse_tune.tuning.lanes import Lanes
+from sse_tune.tuning.strategy import Strategy
+from sse_tune.tuning.worker import JobResult
+
+_HOPELESS = 1.5  # times the best: two runs are enough to see it
+_SYNC_S = 0.5  # how often the database is asked for what others found, while that is waited for
+_LAPSED_S = 5.0  # how often for what the dead left
+
+
+class Engine:
+    """Drives strategies over one problem.
+
+    Args:
+        evaluator: makes jobs of candidates and records their ends.
+        ahead: compiles what is asked before it is run; None: there is nothing to compile.
+        lanes: the workers.
+        max_memory_bytes: a plan that needs more counts as failed for the search; its trial is recorded as it is.
+    """
+
+    def __init__(
+        self, evaluator: Evaluator, ahead: CompileAhead | None, lanes: Lanes, max_memory_bytes: int | None = None
+    ) -> None:
+        self.evaluator, self.ahead, self.lanes = evaluator, ahead, lanes
+        self.recorder, self.problem = evaluator.recorder, evaluator.problem
+        self.max_memory_bytes = max_memory_bytes
+        self.over_memory: dict[Plan, int] = {}
+        self._best: dict[object, float] = {}
+        self._queue: list[tuple[Candidate, Pending]] = []
+        self._theirs: dict[str, Candidate] = {}
+        self._next_sync = 0.0
+        self._next_lapsed = time.monotonic() + _LAPSED_S
+
+    def known(self, candidate: Candidate) -> Known | None:
+        """The result of an earlier trial, as a strategy sees it."""
+        attempt = self.recorder.lookup(candidate)
+        return None if attempt is None else Known(self.time_of(candidate, attempt))
+
+    def time_of(self, candidate: Candidate, attempt: Attempt) -> float | None:
+        """The time that counts for the search; None: failed, or over the memory limit."""
+        limit, peak = self.max_memory_bytes, attempt.peak_bytes
+        if candidate.stage is None and attempt.outcome == "ok" and limit is not None and (peak or 0) > limit:
+            self.over_memory[candidate.plan] = peak or 0
+            return None
+        return attempt.time_us
+
+    def run(self, strategy: Strategy, share: float) -> None:
+        """Runs a strategy until it is finished, or `share` of the budget is used and its findings are put together."""
+        while True:
+            if not self.recorder.may_go_on(share):
+                strategy.stop()
+                self._queue = [entry for entry in self._queue if not strategy.withdraw(entry[0])]
+            self._look_at_theirs(strategy)
+            while self.lanes.free and (entry := self._next(strategy)) is not None:
+                self._start(strategy, *entry)
+            self.recorder.report(*strategy.progress())
+            if self.lanes.busy:
+                for (candidate, resources, told), result in self.lanes.wait(_SYNC_S if self._theirs else None):
+                    self._end(strategy if told else None, candidate, result, resources)
+            elif self._theirs:
+                time.sleep(_SYNC_S / 5)
+            elif not self._queue:
+                assert strategy.finished, "a strategy must ask for something, wait for something, or be finished"
+                return
+
+    def evaluate(self, candidate: Candidate) -> Attempt:
+        """One candidate, alone; what is known of it is not run again."""
+        while (attempt := self.recorder.lookup(candidate)) is None:
+            if self.recorder.claim(candidate):
+                compiled = self.compile(candidate)
+                for future in compiled:
+                    future.exception()
+                attempt, resources = self.evaluator.refusal(candidate, compiled)
+                if attempt.outcome != "ok":
+                    self.recorder.end(candidate, attempt, resources)
+                    return attempt
+                result = self.lanes.run(self.evaluator.job(candidate, None, None))
+                return self.evaluator.finish(candidate, result, resources)
+            time.sleep(_SYNC_S / 5)
+            self.recorder.sync()
+        return attempt
+
+    def compile(self, candidate: Candidate) -> Pending:
+        """Hands a candidate to the compilers."""
+        if self.ahead is None or candidate.plan.graph == "whole":
+            return []
+        plan, chunk_size = candidate.plan, chunk_size_of(candidate.plan)
+        if candidate.stage is None:
+            return self.ahead.submit_plan(plan, self.problem, chunk_size, QUICK)
+        alone = dataclasses.replace(plan, stages={candidate.stage: plan.stages[candidate.stage]})
+        return self.ahead.submit_plan(alone, self.problem, chunk_size, QUICK[:1])
+
+    def _next(self, strategy: Strategy) -> tuple[Candidate, Pending] | None:
+        """A candidate that is compiled, else the one that was asked first; None: there is nothing to run now."""
+        lookahead = len(self.lanes) if self.ahead is None else 2 * self.ahead.size
+        while len(self._queue) < lookahead and (candidate := strategy.ask()) is not None:
+            known = self.known(candidate)
+            if known is not None:
+                strategy.tell(candidate, known.time_us)
+            else:
+                self._queue.append((candidate, self.compile(candidate)))
+        for i, (_, compiled) in enumerate(self._queue):
+            if all(future.done() for future in compiled):
+                return self._queue.pop(i)
+        return self._queue.pop(0) if self._queue and not self.lanes.busy else None
+
+    def _start(self, strategy: Strategy, candidate: Candidate, compiled: Pending) -> None:
+        if not self.recorder.claim(candidate):
+            self._theirs[candidate.key(self.problem)] = candidate
+            return
+        self._submit(strategy, candidate, compiled, told=True)
+
+    def _submit(self, strategy: Strategy, candidate: Candidate, compiled: Pending, *, told: bool) -> None:
+        if candidate.stage is None:
+            for future in compiled:
+                future.exception()  # waits; what failed to compile fails again, with its reason, in the trial
+        attempt, resources = self.evaluator.refusal(candidate, compiled)
+        if attempt.outcome != "ok":
+            self.recorder.end(candidate, attempt, resources)
+            if told:
+                strategy.tell(candidate, None)
+            return
+        best = self._best.get(self._rivals(candidate))
+        # a base is slow for stages that are still to be tuned: only what is the end of its search is given up
+        ends = candidate.stage is not None or candidate.plan.graph == "whole"
+        job = self.evaluator.job(candidate, _HOPELESS * best if ends and best is not None else None, best)
+        self.lanes.submit(job, (candidate, resources, told))
+
+    def _end(
+        self, strategy: Strategy | None, candidate: Candidate, result: JobResult, resources: dict[str, int]
+    ) -> None:
+        attempt = self.evaluator.finish(candidate, result, resources)
+        time_us = self.time_of(candidate, attempt)
+        if time_us is not None:
+            rivals = self._rivals(candidate)
+            self._best[rivals] = min(time_us, self._best.get(rivals, time_us))
+        if strategy is not None:
+            strategy.tell(candidate, time_us)
+
+    def _rivals(self, candidate: Candidate) -> object:
+        """What a candidate's time is compared with: whole plans, or the same stage under the same contract."""
+        stage = candidate.stage
+        return None if stage is None else (stage, stage_contract(stage, self.problem, candidate.plan.outer))
+
+    def _look_at_theirs(self, strategy: Strategy) -> None:
+        """Takes what other processes have found, and up what the dead among them left."""
+        if self._theirs and time.monotonic() >= self._next_sync:
+            self._next_sync = time.monotonic() + _SYNC_S
+            self.recorder.sync()
+            for key, candidate in list(self._theirs.items()):
+                known = self.known(candidate)
+                if known is not None:
+                    del self._theirs[key]
+                    strategy.tell(candidate, known.time_us)
+                elif self.lanes.free and self.recorder.claim(candidate):
+                    del self._theirs[key]
+                    self._submit(strategy, candidate, self.compile(candidate), told=True)
+        if self.lanes.free and time.monotonic() >= self._next_lapsed and self.recorder.may_go_on():
+            self._next_lapsed = time.monotonic() + _LAPSED_S
+            base = strategy.base
+            lapsed = self.recorder.take_lapsed(
+                lambda plan, stage: stage is None or (base is not None and base.outer == plan.outer)
+            )
+            if lapsed is not None:
+                plan, stage = lapsed
+                candidate = Candidate("plan" if stage is None else "stage", plan, base if stage else None, stage)
+                if self.recorder.claim(candidate):
+                    self._submit(strategy, candidate, self.compile(candidate), told=False)

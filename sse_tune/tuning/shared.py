@@ -1,0 +1,76 @@
+"""What a search starts from: answers of neighbouring shapes and GPUs, and the storage that hosts of one study share."""
+
+from __future__ import annotations
+
+import optuna
+import sqlalchemy as sa
+
+from sse_tune.database.keys import fits
+from sse_tune.database.shipped import shipped_answers
+from sse_tune.database.store import TuningDatabase
+from sse_tune.device import Device, toolchain
+from sse_tune.errors import ConstraintError, DatabaseError, DeviceError, PlanError
+from sse_tune.plan import Plan
+from sse_tune.problem import Problem
+from sse_tune.runtime.dispatch import by_distance, narrow
+from sse_tune.templates.registry import graph_of, validate_plan
+from sse_tune.tuning.samplers import quiet
+
+_KNOWN_PLANS = 3
+_OTHER_DEVICE, _OTHER_ARCH = 1.0, 2.0  # how much farther an answer of another GPU is, in doublings of the rows
+_LOCK = 7355609  # PostgreSQL advisory lock held while Optuna makes its tables
+
+
+def known_plans(database: TuningDatabase, problem: Problem, device: Device, backends: tuple[str, ...]) -> list[Plan]:
+    """Plans that are good elsewhere and run here: of neighbouring buckets and GPUs, the nearest first.
+
+    They come from the database and from the answers that are shipped. Their sources and toolchain may be others: they
+    are proposals, admitted and measured like all.
+    """
+    answers = (*database.answers(), *shipped_answers())
+    ranked: list[tuple[float, int, Plan]] = []
+    for distance, answer in by_distance(problem.bucket, answers):
+        other = 0.0 if answer.device == device.slug else _OTHER_DEVICE if answer.arch == device.arch else _OTHER_ARCH
+        ranked.append((distance + other, len(ranked), narrow(answer.plan, problem)))
+    graphs = {graph_of(backend) for backend in backends}
+    found: dict[Plan, None] = {}
+    for _, _, plan in sorted(ranked, key=lambda entry: entry[:2]):
+        if plan.graph not in graphs or {choice.backend for choice in plan.stages.values()} - set(backends):
+            continue
+        try:
+            validate_plan(plan, problem, device)
+        except (PlanError, ConstraintError, DeviceError):
+            continue
+        found[plan] = None
+    return list(found)[:_KNOWN_PLANS]
+
+
+def incumbent(database: TuningDatabase, problem: Problem, device: Device) -> Plan | None:
+    """The plan of the stored answer for this very bucket, if it still fits; None: the default is what would run."""
+    present = toolchain()
+    answers = (*database.answers(device.slug, problem.bucket.name), *shipped_answers(device))
+    fitting = [a for a in answers if a.bucket == problem.bucket.name and fits(a, device, present) is None]
+    return min(fitting, key=lambda answer: answer.time_us).plan if fitting else None
+
+
+def shared_storage(database: TuningDatabase) -> optuna.storages.RDBStorage | None:
+    """Optuna's tables on the server that the database is on, beside ours; None: it is a file, and nobody shares it.
+
+    Raises:
+        DatabaseError: the server does not let them be made.
+    """
+    url = database.server_url
+    if url is None:
+        return None
+    engine = sa.create_engine(url, poolclass=sa.pool.NullPool)
+    try:
+        with engine.begin() as connection, quiet():
+            connection.execute(sa.text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+            return optuna.storages.RDBStorage(url.render_as_string(hide_password=False))
+    except sa.exc.SQLAlchemyError as error:
+        cause = str(getattr(error, "orig", None) or error).strip().split("\n")[0]
+        raise DatabaseError(
+            f"Optuna's tables must be made in {database.name}", cause, "check the rights of the user"
+        ) from None
+    finally:
+        engine.dispose()

@@ -1,0 +1,199 @@
+"""The decomposed search, by ask and tell: outer points one after the other, and inside each the stages apart.
+
+Stage times are nearly additive once the outer choices are fixed, so tuning stages apart finds in a sum of trials what
+the joint space holds in their product. A stage is tuned once for all outer points that share its contract. A strategy
+runs nothing and knows no clock: whoever drives it measures what it asks for, on a GPU or from a recorded sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sse_tune.errors import ConstraintError
+from sse_tune.plan import Plan
+from sse_tune.space import Config
+from sse_tune.tuning.candidates import Candidate, Settings
+from sse_tune.tuning.landscape import Landscape, Slot
+from sse_tune.tuning.point import Point, Track
+from sse_tune.tuning.study import SpaceStudy
+
+_NOT_WORTH_TUNING = 1.6  # times the best base: stages tuned apart do not make up for this much
+
+
+class Strategy:
+    """Base of the strategies: `ask` for a candidate, `tell` its time, until `finished`."""
+
+    def __init__(self) -> None:
+        self.finished = False
+        self.plan_times: dict[Plan, float] = {}
+
+    def ask(self) -> Candidate | None:
+        """The next candidate; None: `finished`, or results must be told first."""
+        raise NotImplementedError
+
+    def tell(self, candidate: Candidate, time_us: float | None) -> None:
+        """The median time of a candidate; None: it failed."""
+        raise NotImplementedError
+
+    def stop(self) -> None:
+        """The budget for exploring is used: only what puts the findings together is asked from now on."""
+        raise NotImplementedError
+
+    def withdraw(self, candidate: Candidate) -> bool:
+        """A candidate that was asked for need not be run, the budget being used; False: it must be all the same."""
+        raise NotImplementedError
+
+    def progress(self) -> tuple[str, int, int]:
+        """For people: the phase, and how many of how many trials are made in it."""
+        raise NotImplementedError
+
+    @property
+    def base(self) -> Plan | None:
+        """The admitted plan that stages are measured on now; None: there is none."""
+        return None
+
+    def plans(self) -> list[Plan]:
+        """The whole plans that were admitted, fastest first."""
+        return sorted(self.plan_times, key=lambda plan: self.plan_times[plan])
+
+
+class WholePlans(Strategy):
+    """One-stage plans, each measured end to end."""
+
+    def __init__(self, landscape: Landscape, settings: Settings, known_plans: Sequence[Plan] = ()) -> None:
+        super().__init__()
+        self.outer = landscape.base(None).outer
+        self._studies: dict[tuple[str, str], SpaceStudy] = {}
+        self._plans: dict[tuple[str, str], Callable[[Config], Plan]] = {}
+        for slot in landscape.slots("whole"):
+
+            def plan_of(config: Config, slot: Slot = slot) -> Plan:
+                return Plan("whole", self.outer, {"whole": slot.choice(config)})
+
+            name, chosen = (slot.backend, slot.template), [plan.stages.get("whole") for plan in known_plans]
+            study = SpaceStudy(
+                slot.space, landscape.problem, landscape.device, self.outer,
+                sampler=settings.sampler_for(slot.count(landscape, self.outer)), seed=settings.seed,
+                first=[c.config for c in chosen if c is not None and (c.backend, c.template) == name],
+                on_rejected=lambda config, reason, plan_of=plan_of: settings.on_rejected(  # type: ignore[misc]
+                    Candidate("plan", plan_of(config)), reason
+                ),
+                storage=settings.storage, name=f"{settings.study}/{slot.backend}:{slot.template}",
+            )  # fmt: skip
+            for config in study.configs:
+                found = settings.known(Candidate("plan", plan_of(config)))
+                if found is not None:
+                    study.tell(config, found.time_us)
+            self._studies[name], self._plans[name] = study, plan_of
+            self.plan_times |= {plan_of(config): time_us for config, time_us in study.ranking()}
+
+    def ask(self) -> Candidate | None:
+        for name, study in self._studies.items():
+            if not self.finished and (config := study.ask()) is not None:
+                return Candidate("plan", self._plans[name](config))
+        self.finished = True
+        return None
+
+    def tell(self, candidate: Candidate, time_us: float | None) -> None:
+        choice = candidate.plan.stages["whole"]
+        self._studies[choice.backend, choice.template].tell(choice.config, time_us)
+        if time_us is not None:
+            self.plan_times[candidate.plan] = time_us
+
+    def stop(self) -> None:
+        self.finished = True
+
+    def withdraw(self, candidate: Candidate) -> bool:
+        choice = candidate.plan.stages["whole"]
+        self._studies[choice.backend, choice.template].withdraw(choice.config)
+        return True
+
+    def progress(self) -> tuple[str, int, int]:
+        told = sum(len(study.told.keys() & set(study.configs)) for study in self._studies.values())
+        return "plans", told, sum(len(study.configs) for study in self._studies.values())
+
+
+class Decomposed(Strategy):
+    """Outer points proposed by Optuna and pruned by the roofline; in each, stages tuned apart and put together.
+
+    Args:
+        landscape: what can be chosen.
+        settings: how.
+        known_plans: answers of neighbouring shapes or other GPUs: measured whole right after the default, and their
+            choices proposed first in every stage.
+    """
+
+    def __init__(self, landscape: Landscape, settings: Settings, known_plans: Sequence[Plan] = ()) -> None:
+        super().__init__()
+        self.landscape, self.settings, self.known_plans = landscape, settings, tuple(known_plans)
+        self.tracks: dict[tuple[object, ...], Track] = {}
+        self.stopped = False
+        self.best_base_us: float | None = None
+        self._to_compare = list(known_plans)
+        default = landscape.base(None).outer
+        self._outer = SpaceStudy(
+            landscape.outer, landscape.problem, landscape.device, seed=settings.seed,
+            first=[default, *(plan.outer for plan in known_plans)],
+        )  # fmt: skip
+        self._outer.enqueue(default)
+        self._count = min(settings.max_points, len(self._outer.configs))
+        self._opened = 0
+        self._begin: float | None = None
+        self._point = self._open()
+
+    def ask(self) -> Candidate | None:
+        while self._point is not None:
+            if self.best_base_us is not None and self._to_compare and not self.stopped:
+                return Candidate("plan", self._to_compare.pop(0))
+            candidate = self._point.ask()
+            if candidate is not None:
+                return candidate
+            if not self._point.closed:
+                return None
+            self._outer.tell(self._point.base.outer, self._point.best_us)
+            self._point = None if self.stopped else self._open()
+        self.finished = True
+        return None
+
+    def tell(self, candidate: Candidate, time_us: float | None) -> None:
+        if candidate.kind == "plan" and time_us is not None:
+            self.plan_times[candidate.plan] = time_us
+        if self._point is not None:
+            self._point.tell(candidate, time_us)
+
+    def stop(self) -> None:
+        self.stopped = True
+        self._to_compare = []
+
+    def withdraw(self, candidate: Candidate) -> bool:
+        return self._point is not None and self._point.withdraw(candidate)
+
+    def progress(self) -> tuple[str, int, int]:
+        if self._point is None:
+            return "plans", 1, 1
+        done, total = self._point.progress
+        return f"C={self._point.base.outer.get('chunk_size')} stages", done, total
+
+    @property
+    def base(self) -> Plan | None:
+        return self._point.base if self._point is not None and self._point.admitted else None
+
+    def worth_tuning(self, base_us: float) -> bool:
+        """Whether a base of this time can still lead to the best plan."""
+        worth = self.best_base_us is None or base_us <= _NOT_WORTH_TUNING * self.best_base_us
+        self.best_base_us = base_us if self.best_base_us is None else min(self.best_base_us, base_us)
+        return worth
+
+    def _open(self) -> Point | None:
+        while self._opened < self._count and (outer := self._outer.ask()) is not None:
+            try:
+                base = self.landscape.base(outer)
+            except ConstraintError:
+                self._outer.tell(outer, None)
+                continue
+            if self._begin is None:
+                self._begin = self.settings.used()
+            self._opened += 1
+            until = self._begin + (1 - self._begin) * self._opened / self._count
+            return Point(self, base, until)
+        return None

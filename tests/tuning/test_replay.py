@@ -1,0 +1,166 @@
+"""Recorded sweeps: the file, the answers made of it, and strategies compared on them."""
+
+import gzip
+import json
+import pathlib
+
+import pytest
+
+from sse_tune.errors import ExchangeError, SearchError
+from sse_tune.tuning.candidates import Candidate
+from sse_tune.tuning.recorded import Recorded
+from sse_tune.tuning.replay import compare, main
+from sse_tune.tuning.sweep_file import read_sweep, write_sweep
+from tests.tuning.synthetic import OUTERS, sweep
+
+FILES = sorted((pathlib.Path(__file__).parents[1] / "data").glob("*.json.gz"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "sweep.json.gz"
+    write_sweep(sweep(), path)
+    return path
+
+
+def test_what_is_written_reads_back(file, tmp_path):
+    read, written = read_sweep(file), sweep()
+    assert (read.problem, read.how, read.sources) == (written.problem, written.how, written.sources)
+    assert [(s.stage, s.outer, s.rows, s.default) for s in read.spaces] == [
+        (s.stage, s.outer, s.rows, s.default) for s in written.spaces
+    ]
+    again = tmp_path / "again.json.gz"
+    write_sweep(read_sweep(file), again)
+    assert again.read_bytes() == file.read_bytes()
+
+
+def set_unknown(data):
+    data["more"] = 1
+
+
+def set_newer(data):
+    data["version"] = 2
+
+
+def set_no_problem(data):
+    data["problem"]["rule"] = "other"
+
+
+def set_no_spaces(data):
+    data["spaces"] = []
+
+
+def set_row_twice(data):
+    data["spaces"][0]["rows"].append(data["spaces"][0]["rows"][0])
+
+
+def set_value_outside(data):
+    data["spaces"][0]["rows"][0][0][0] = 48
+
+
+def set_ok_without_times(data):
+    data["spaces"][0]["rows"][0][3] = []
+
+
+def set_negative_time(data):
+    data["spaces"][0]["rows"][0][3][0] = -1.0
+
+
+def set_unknown_outcome(data):
+    data["spaces"][0]["rows"][0][1] = "fine"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (set_unknown, "exactly the fields"), (set_newer, "must say"), (set_no_problem, "problem must be one"),
+        (set_no_spaces, "list with an entry"), (set_row_twice, "each config once"),
+        (set_value_outside, r"spaces\[0\] row 0: values of its parameters"),
+        (set_ok_without_times, "times exactly if it is ok"), (set_negative_time, "positive, finite"),
+        (set_unknown_outcome, "spaces.0. row 0"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(file, change, message):
+    data = json.loads(gzip.decompress(file.read_bytes()))
+    change(data)
+    file.write_bytes(gzip.compress(json.dumps(data).encode()))
+    with pytest.raises(ExchangeError, match=message):
+        read_sweep(file)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[:-20], lambda b: b"no gzip", lambda b: gzip.compress(b"{")])
+def test_damaged_files_are_refused(file, damage):
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ExchangeError):
+        read_sweep(file)
+
+
+def test_answers_are_what_was_recorded():
+    recorded = Recorded(sweep())
+    assert set(recorded.outers) == set(OUTERS), "stages of a contract recorded elsewhere count"
+    base = recorded.base(None)
+    parts = [recorded.answer_us(Candidate("stage", base, base, stage)) for stage in recorded.stages]
+    assert recorded.answer_us(Candidate("plan", base)) == pytest.approx(sum(parts))
+    slot = recorded.slots("scan")[0]
+    failed = base.replace_stage("scan", slot.choice(base.stages["scan"].config.replace(block=256, warps=8)))
+    assert recorded.answer_us(Candidate("plan", failed)) is None
+
+
+def test_noise_is_seeded():
+    base = Candidate("plan", Recorded(sweep()).base(None))
+    exact = Recorded(sweep()).answer_us(base)
+
+    def answers(seed):
+        blurred = Recorded(sweep(), noise=0.05, seed=seed)
+        return [blurred.answer_us(base) for _ in range(5)]
+
+    first = answers(1)
+    assert first == answers(1)
+    assert first != answers(2)
+    assert len(set(first)) == 5
+    assert all(0.7 < answer / exact < 1.4 for answer in first)
+
+
+def test_the_decomposed_search_needs_fewer_evaluations_than_the_joint_ones():
+    results = {r.strategy: r for r in compare(sweep(), ("ours", "random", "tpe", "exhaustive"), seeds=6)}
+    assert all(count is not None for count in results["ours"].evaluations)
+    assert max(results["ours"].ratios) <= 1.03
+    assert results["ours"].median <= 0.8 * results["tpe"].median
+    assert results["random"].median is None, "400 evaluations do not do at random"
+    assert results["exhaustive"].median == 4 * 48**3
+
+
+def test_noise_does_not_lead_it_astray():
+    (ours,) = compare(sweep(), ("ours",), seeds=4, noise=0.01)
+    assert max(ours.ratios) <= 1.06
+
+
+def test_gp_on_the_joint_space():
+    pytest.importorskip("scipy", reason="the sampler gp needs scipy")
+    (found,) = compare(sweep(), ("gp",), seeds=1, evaluations=12)
+    assert found.ratios[0] < Recorded(sweep()).exact_us(Recorded(sweep()).base(None)) / Recorded(sweep()).best_us()
+
+
+def test_unknown_strategy():
+    with pytest.raises(SearchError, match="strategy must be known, but got 'best'"):
+        compare(sweep(), ("best",))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+def test_recordings_replay(path, capsys):
+    assert path.stat().st_size <= 2 * 2**20
+    recorded = read_sweep(path)
+    assert str(recorded.how["command"]).startswith("sse-tune sweep")
+    assert main([str(path), "--seeds", "2", "--strategies", "ours,random", "--evaluations", "60"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    ours, random = last["results"]
+    assert all(count is not None for count in (*ours["evaluations"], *random["evaluations"]))
+
+
+def test_there_is_a_recording():
+    assert FILES
+
+
+def test_a_missing_file_is_one_line(tmp_path, capsys):
+    assert main([str(tmp_path / "none.json.gz")]) == 2
+    assert capsys.readouterr().err.startswith("error: a sweep must be a gzip file")

@@ -1,0 +1,178 @@
+"""The decomposed search on declared times: what it asks for, shares, gives up and puts together."""
+
+import collections
+
+import pytest
+
+from sse_tune.tuning.candidates import Candidate, Known, Settings
+from sse_tune.tuning.estimate import estimated_best_us
+from sse_tune.tuning.recorded import Recorded
+from sse_tune.tuning.strategy import Decomposed, WholePlans
+from sse_tune.tuning.study import SpaceStudy
+from tests.tuning.synthetic import OUTERS, sweep, time_us
+
+
+@pytest.fixture
+def recorded():
+    return Recorded(sweep())
+
+
+def drive(strategy, answer, most=10_000):
+    asked = []
+    while len(asked) < most and (candidate := strategy.ask()) is not None:
+        asked.append(candidate)
+        strategy.tell(candidate, answer(candidate))
+    return asked
+
+
+def test_finds_the_best_plan_in_a_sum_of_trials(recorded):
+    strategy = Decomposed(recorded, Settings(sampler="exhaustive"))
+    asked = drive(strategy, recorded.answer_us)
+    assert strategy.finished
+    best = strategy.plans()[0]
+    assert recorded.exact_us(best) == pytest.approx(recorded.best_us())
+    assert asked[0] == Candidate("plan", recorded.base(None)), "the default is first"
+    assert len(asked) < 450
+    assert recorded.plans == 4 * 48**3
+    assert len({(c.plan, c.stage) for c in asked}) == len(asked), "nothing twice"
+
+
+def test_a_stage_is_tuned_once_for_all_outer_points_of_a_contract(recorded):
+    asked = drive(Decomposed(recorded, Settings(sampler="exhaustive")), recorded.answer_us)
+    counts = collections.Counter((c.stage, c.plan.outer["chunk_size"]) for c in asked if c.stage is not None)
+    # a state's dtype is seen by gradients alone: two contracts a chunk size there, one elsewhere
+    assert {counts["prepare", c] for c in (32, 64)} == {counts["scan", c] for c in (32, 64)} == {48}
+    assert {counts["gradients", c] for c in (32, 64)} == {96}
+
+
+def test_a_failed_base_closes_its_outer_point(recorded):
+    def answer(candidate):
+        return None if candidate.plan.outer["chunk_size"] == 64 else recorded.answer_us(candidate)
+
+    strategy = Decomposed(recorded, Settings())
+    asked = drive(strategy, answer)
+    assert all(c.stage is None for c in asked if c.plan.outer["chunk_size"] == 64)
+    assert strategy.plans()[0].outer == OUTERS[0]
+
+
+def test_a_base_far_behind_is_not_tuned(recorded):
+    def answer(candidate):
+        time = recorded.answer_us(candidate)
+        return 5 * time if time and candidate.plan.outer["chunk_size"] == 32 else time
+
+    asked = drive(Decomposed(recorded, Settings()), answer)
+    assert sum(c.plan.outer["chunk_size"] == 32 for c in asked) == 2, "the bases"
+
+
+def test_what_is_not_admitted_together_grows_stage_by_stage(recorded):
+    strategy = Decomposed(recorded, Settings(sampler="exhaustive", max_points=1))
+    base = recorded.base(None)
+    best_scan = min((c for c in recorded.slots("scan")[0].space.configs(recorded.problem, recorded.device, base.outer)
+                     if recorded.exact_us(base.replace_stage("scan", recorded.slots("scan")[0].choice(c)), "scan")),
+                    key=lambda c: time_us("scan", base.outer, c))  # fmt: skip
+
+    def answer(candidate):
+        if candidate.stage is None and candidate.plan.stages["scan"].config == best_scan:
+            return None  # right alone, wrong in the whole
+        return recorded.answer_us(candidate)
+
+    drive(strategy, answer)
+    best = strategy.plans()[0]
+    assert best.stages["scan"] == base.stages["scan"]
+    assert best.stages["prepare"] != base.stages["prepare"]
+    assert best.stages["gradients"] != base.stages["gradients"]
+
+
+def test_the_budget_used_puts_together_what_there_is(recorded):
+    strategy = Decomposed(recorded, Settings(sampler="tpe"))
+    drive(strategy, recorded.answer_us, most=40)
+    pending = strategy.ask()
+    assert pending.stage is not None
+    strategy.stop()
+    assert strategy.withdraw(pending)
+    (last,) = drive(strategy, recorded.answer_us)
+    assert last.stage is None
+    assert strategy.finished
+    assert recorded.exact_us(strategy.plans()[0]) < recorded.exact_us(recorded.base(None))
+
+
+def test_earlier_results_are_not_asked_for(recorded):
+    first = drive(Decomposed(recorded, Settings(sampler="exhaustive")), recorded.answer_us)
+    memory = {c.key(recorded.problem): recorded.answer_us(c) for c in first[:100]}
+
+    def known(candidate):
+        key = candidate.key(recorded.problem)
+        return Known(memory[key]) if key in memory else None
+
+    resumed = drive(Decomposed(recorded, Settings(sampler="exhaustive", known=known)), recorded.answer_us)
+    stages = {c.key(recorded.problem) for c in resumed if c.stage is not None}
+    assert not stages & set(memory)
+    assert stages | set(memory) >= {c.key(recorded.problem) for c in first if c.stage is not None}
+
+
+def test_known_answers_of_others_come_right_after_the_default(recorded):
+    donor = Decomposed(recorded, Settings(sampler="exhaustive"))
+    drive(donor, recorded.answer_us)
+    best = donor.plans()[0]
+    strategy = Decomposed(recorded, Settings(sampler="tpe"), [best])
+    asked = drive(strategy, recorded.answer_us, most=12)
+    assert [c.plan for c in asked[:2]] == [recorded.base(None), best]
+    tried = {c.stage: [] for c in asked if c.stage}
+    for c in asked:
+        if c.stage:
+            tried[c.stage].append(c.plan.stages[c.stage])
+    assert all(best.stages[stage] in choices[:2] for stage, choices in tried.items())
+
+
+def test_target_ends_the_tuning_early_and_keeps_its_word(recorded):
+    everything = drive(Decomposed(recorded, Settings(sampler="tpe", max_points=1)), recorded.answer_us)
+    strategy = Decomposed(recorded, Settings(sampler="tpe", max_points=1, target=1.03))
+    asked = drive(strategy, recorded.answer_us)
+    assert len(asked) < 0.6 * len(everything)
+    assert recorded.exact_us(strategy.plans()[0]) <= 1.03 * recorded.best_us()
+
+
+def test_auto_is_exhaustive_where_the_space_fits():
+    assert Settings(room=lambda: 100).sampler_for(100) == "exhaustive"
+    assert Settings(room=lambda: 99).sampler_for(100) == "tpe"
+    assert Settings(sampler="gp", room=lambda: 99).sampler_for(10) == "gp"
+
+
+def test_estimate_is_unknown_at_first_low_then_exact(recorded):
+    outer, slot = recorded.base(None).outer, recorded.slots("scan")[0]
+    study = SpaceStudy(slot.space, recorded.problem, recorded.device, outer, seed=1)
+    best = min(row.time_us for space in recorded._at("scan", outer) for row in space.rows.values() if row.time_us)
+    seen = []
+    while (config := study.ask()) is not None:
+        plan = recorded.base(None).replace_stage("scan", slot.choice(config))
+        study.tell(config, recorded.exact_us(plan, "scan"))
+        seen.append(estimated_best_us(study))
+    assert seen[0] is None
+    assert seen[-1] == best
+    assert all(estimate <= study.ranking()[-1][1] for estimate in seen if estimate is not None)
+    first = next(estimate for estimate in seen if estimate is not None)
+    assert first == pytest.approx(best, rel=0.05), "these effects add up"
+
+
+def test_outer_points_end_with_their_share_of_the_budget(recorded):
+    used = [0.0]
+
+    def answer(candidate):
+        used[0] += 1 / 200
+        return recorded.answer_us(candidate)
+
+    strategy = Decomposed(recorded, Settings(sampler="exhaustive", max_points=4, used=lambda: used[0]))
+    asked = drive(strategy, answer)
+    assert {c.plan.outer for c in asked} == set(OUTERS)
+    assert sum(c.plan.outer == asked[0].plan.outer for c in asked) <= 53
+
+
+def test_whole_plans_withdraw(small, cpu):
+    from sse_tune.tuning.landscape import Templates
+
+    strategy = WholePlans(Templates(small, cpu, ("torch",)), Settings())
+    asked = strategy.ask()
+    strategy.stop()
+    assert strategy.withdraw(asked)
+    assert strategy.ask() is None
+    assert strategy.plans() == []
