@@ -236,6 +236,26 @@ def seconds(text: str) -> float:
     return total
 
 
+def size_bytes(text: str) -> int:
+    """A size such as 2G, 1.5GiB, 800M or 1000000; K, M and G are powers of 1024.
+
+    Raises:
+        UsageError: the text is no size, or it is 0.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    found = 0 if match is None else int(float(match[1]) * 1024 ** " KMG".index(match[2].upper() or " "))
+    if found <= 0:
+        raise UsageError("a memory limit must be a size above 0", repr(text), "write 2G or 800M")
+    return found
+
+
+def devices(text: str | None) -> str | tuple[str, ...] | None:
+    """--device: one name, or several separated by commas."""
+    if text is None or "," not in text:
+        return text
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
 def shown_time(time_us: float | None) -> str:
     """A time for people, with its unit."""
     if time_us is None:
@@ -262,6 +282,7 @@ def print_json(value: object) -> None:
 
 __all__ = [
     "BAD_INPUT", "DATABASE", "ENVIRONMENT", "FAILED", "INTERRUPTED", "BackendsOption", "DbOption", "DeviceOption",
-    "JsonOption", "OneLineErrors", "ProblemChoice", "UsageError", "console", "default_preset", "exit_code", "fail",
-    "find_device", "kind_of", "print_json", "seconds", "shown_ratio", "shown_time", "split", "takes_problem",
+    "JsonOption", "OneLineErrors", "ProblemChoice", "UsageError", "console", "default_preset", "devices", "exit_code",
+    "fail", "find_device", "kind_of", "print_json", "seconds", "shown_ratio", "shown_time", "size_bytes", "split",
+    "takes_problem",
 ]  # fmt: skip

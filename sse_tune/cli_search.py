@@ -20,11 +20,13 @@ from sse_tune.cli_common import (
     ProblemChoice,
     console,
     default_preset,
+    devices,
     kind_of,
     print_json,
     seconds,
     shown_ratio,
     shown_time,
+    size_bytes,
     split,
     takes_problem,
 )
@@ -45,9 +47,20 @@ def search(
     ] = None,
     trials: Annotated[int | None, typer.Option(min=1, help="At most so many candidates for each length.")] = None,
     backends: BackendsOption = None,
+    sampler: Annotated[
+        str, typer.Option(help="tpe, gp, random, exhaustive; auto: exhaustive where it fits the budget, else tpe.")
+    ] = "auto",
+    target: Annotated[
+        float | None, typer.Option(help="End once within this factor of the estimated best: 1.03 for 3 %.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Leave out plans that need more above their inputs: 2G, 800M.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the trials that are there.")] = False,
     db: DbOption = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; by default the GPU, else the CPU.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, or cuda:0,cuda:1 side by side; by default what there is.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Tune the kernels of a problem on this machine; with no options, of one that suits the machine."""
@@ -72,12 +85,19 @@ def search(
                         resume=resume,
                         trials=trials,
                         progress=progress,
-                        device=device,
+                        device=devices(device),
+                        sampler=sampler,
+                        target=target,
+                        max_memory_bytes=None if max_memory is None else size_bytes(max_memory),
                     )
                 )
     except SearchInterrupted as stop:
         typer.echo(f"stopped: {stop.trials} trials are kept in {_where(db)}; go on with", err=True)
-        typer.echo(f"  {_again(choice, budget, trials, backends, db, device)}", err=True)
+        given: dict[str, object] = {
+            "--budget": budget, "--trials": trials, "--sampler": None if sampler == "auto" else sampler,
+            "--target": target, "--max-memory": max_memory, "--backends": backends, "--db": db, "--device": device,
+        }  # fmt: skip
+        typer.echo(f"  {_again(choice, given)}", err=True)
         raise typer.Exit(INTERRUPTED) from None
     finally:
         if reports and not as_json:
@@ -105,6 +125,15 @@ def _print(reports: list[SearchReport], db: str | None) -> None:
         )  # fmt: skip
     out.print(table)
     for report in reports:
+        for one in report.frontier:
+            out.print(
+                f"{_title(report.problem)}: {shown_time(one.time_us)} with {one.peak_bytes / 2**20:.0f} MiB, "
+                f"plan {one.plan}", markup=False,
+            )  # fmt: skip
+        if report.over_memory:
+            out.print(f"{_title(report.problem)}: {report.over_memory} plans needed more memory than allowed")
+        if report.ties:
+            out.print(f"{_title(report.problem)}: {report.ties} other plans tie with the best, within the noise")
         if report.default_failure is not None:
             out.print(f"the default was not admitted: {report.default_failure}", markup=False)
         elif report.is_default:
@@ -169,17 +198,9 @@ def _where(db: str | None) -> str:
     return str(default_path()) if db is None else db.rsplit("@", 1)[-1] if "://" in db else db
 
 
-def _again(
-    choice: ProblemChoice,
-    budget: str | None,
-    trials: int | None,
-    backends: str | None,
-    db: str | None,
-    device: str | None,
-) -> str:
+def _again(choice: ProblemChoice, given: dict[str, object]) -> str:
     parts = ["sse-tune search", choice.arguments()]
-    given = (("--budget", budget), ("--trials", trials), ("--backends", backends), ("--db", db), ("--device", device))
-    parts += [f"{name} {shlex.quote(str(value))}" for name, value in given if value is not None]
+    parts += [f"{name} {shlex.quote(str(value))}" for name, value in given.items() if value is not None]
     return " ".join(part for part in (*parts, "--resume") if part)
 
 

@@ -13,6 +13,7 @@ from sse_tune.cli_common import (
     DbOption,
     ProblemChoice,
     UsageError,
+    devices,
     kind_of,
     shown_time,
     split,
@@ -50,7 +51,7 @@ def sweep(
     found = run_sweep(
         choice.problem(kind_of(device)), stages=stage, every_outer=every_outer,
         backends=split(backends, BACKENDS, "--backends"), database=db,
-        device=device.split(",") if device is not None and "," in device else device, progress=tell,
+        device=devices(device), progress=tell,
         how={"command": " ".join(["sse-tune", *sys.argv[1:]])},
     )  # fmt: skip
     write_sweep(found, output)

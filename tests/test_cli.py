@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from sse_tune import cli_common
 from sse_tune.cli import app
+from sse_tune.cli_common import UsageError, devices, size_bytes
+from sse_tune.database.store import TuningDatabase
 from sse_tune.errors import (
     AdmissionError,
     CompileError,
@@ -24,6 +26,7 @@ from sse_tune.errors import (
     ProblemError,
     SearchError,
 )
+from sse_tune.tuning.sweep_file import read_sweep
 
 ROOT = pathlib.Path(__file__).parent.parent
 TINY = [
@@ -296,3 +299,57 @@ def test_help_starts_without_the_compilers():
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("2G", 2 * 2**30), ("1.5 GiB", 3 * 2**29), ("800M", 800 * 2**20), ("64k", 65536), ("123", 123)]
+)
+def test_sizes(text, size):
+    assert size_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "2T", "-1G", "many"])
+def test_no_sizes(text):
+    with pytest.raises(UsageError, match="a memory limit must be a size above 0"):
+        size_bytes(text)
+
+
+def test_devices():
+    assert devices(None) is None
+    assert devices("cuda") == "cuda"
+    assert devices("cuda:0, cuda:1") == ("cuda:0", "cuda:1")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--sampler", "cmaes"), "the sampler must be known"),
+        (("--target", "0.9"), "a target must be above 1"),
+        (("--max-memory", "1G"), "a memory limit is in bytes, and needs a GPU"),
+        (("--device", "cpu,cuda:0"), "the devices must be different ones of a kind"),
+        (("--device", "cuda:0,cuda:0"), "the devices must be different ones of a kind"),
+    ],
+)
+def test_search_options_that_make_no_sense(tmp_path, options, message):
+    given = list(options) if "--device" in options else [*options, "--device", "cpu"]
+    tiny = [option for i, option in enumerate(TINY) if option != "--device" and (i == 0 or TINY[i - 1] != "--device")]
+    ended = process("search", *tiny, *given, "--db", tmp_path / "tuning.db")
+    assert ended.returncode in (1, 2, 3)
+    assert message in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def test_a_sweep_is_recorded_and_goes_on(tmp_path):
+    file, path = tmp_path / "sweep.json.gz", tmp_path / "tuning.db"
+    first = process("sweep", file, *TINY, "--db", path)
+    assert first.returncode == 0, first.stderr
+    assert "configs of 1 spaces" in first.stdout
+    with TuningDatabase(path) as database:
+        made = len(database.trials())
+    again = process("sweep", tmp_path / "again.json.gz", *TINY, "--db", path)
+    assert again.returncode == 0, again.stderr
+    with TuningDatabase(path) as database:
+        assert len(database.trials()) == made, "nothing is measured twice"
+    assert read_sweep(tmp_path / "again.json.gz").spaces == read_sweep(file).spaces
+    refused = process("sweep", tmp_path / "sweep.json", *TINY, "--db", path)
+    assert (refused.returncode, "NAME.json.gz" in refused.stderr) == (2, True)

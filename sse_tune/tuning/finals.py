@@ -35,7 +35,7 @@ class Verdict:
         plan: the answer.
         timings: of every plan of the last comparison that the answer was in.
         errors: of the answer, in the longer admission.
-        ties: plans of that comparison that the noise cannot tell from the answer.
+        ties: plans of that comparison that the answer does not beat by more than the noise and 1 %.
         neighbours: how many neighbours were tried.
         default: timing of the default plan, in turn with the answer; None: it was not admitted.
     """
@@ -87,7 +87,7 @@ class Finals:
             if attempt.outcome == "ok":
                 ties = tuple(
                     plan for plan, timing in timings.items()
-                    if plan != winner and not timings[winner].beats(timing, margin=0.0)
+                    if plan != winner and not timings[winner].beats(timing)
                 )  # fmt: skip
                 return Verdict(winner, timings, attempt.errors, ties, self._neighbours, timings.get(self.default))
             failed.add(winner)

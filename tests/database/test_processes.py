@@ -24,7 +24,9 @@ def _write_many(path, study_arguments, trial, answer, writer, start):
             database.quarantine("sm_90", "triton 3.6.0", "triton:scan", {"block_v": i}, "abc", f"{writer}")
 
 
-def test_four_writers_all_succeed(path, demo, cpu, make_trial, make_answer):
+@pytest.mark.parametrize("kind", ["sqlite", pytest.param("postgresql", marks=pytest.mark.postgres)])
+def test_four_writers_all_succeed(request, kind, path, demo, cpu, make_trial, make_answer):
+    path = path if kind == "sqlite" else request.getfixturevalue("postgres_url")
     context = multiprocessing.get_context("spawn")
     start = context.Event()
     arguments = ("key", demo, cpu, {})

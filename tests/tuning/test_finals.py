@@ -1,0 +1,206 @@
+"""Who wins: the incumbent unless beaten beyond the noise, ties as ties, neighbours, memory, and answers of others."""
+
+import pytest
+
+from sse_tune.database.keys import sources_of, toolchain_of
+from sse_tune.database.records import Answer
+from sse_tune.database.store import TuningDatabase
+from sse_tune.device import Device, toolchain
+from sse_tune.errors import SearchError
+from sse_tune.plan import Plan
+from sse_tune.problem import Problem
+from sse_tune.templates.registry import default_plan
+from sse_tune.tuning.candidates import Candidate
+from sse_tune.tuning.engine import Engine
+from sse_tune.tuning.evaluate import Evaluator
+from sse_tune.tuning.finals import Finals, neighbours
+from sse_tune.tuning.jobs import Attempt
+from sse_tune.tuning.recorder import Recorder
+from sse_tune.tuning.report import FrontierPlan, frontier
+from sse_tune.tuning.shared import incumbent, known_plans
+from sse_tune.tuning.worker import JobResult
+
+JITTER = (1.0, 1.004, 0.996, 1.002, 0.998)
+
+
+class ScriptedLanes:
+    """One lane that runs nothing: each plan takes what `time_of` says, and all are right but the `wrong` ones."""
+
+    def __init__(self, time_of, wrong=(), peak_of=lambda plan: None, jitter=JITTER):
+        self.time_of, self.wrong, self.peak_of, self.jitter = time_of, wrong, peak_of, jitter
+        self.compared = []
+
+    def run(self, job):
+        if job.function.__name__ == "time_in_turn":
+            self.compared.append(list(job.arguments[0].values()))
+            return JobResult("ok", {key: tuple(self.time_of(plan) * j for j in self.jitter)
+                                    for key, plan in job.arguments[0].items()}, None, 0.1)  # fmt: skip
+        plan = job.arguments[0]
+        if job.function.__name__ == "check":
+            outcome = "wrong" if plan in self.wrong else "ok"
+            return JobResult("ok", Attempt(outcome, "planted" if plan in self.wrong else None, (), {"o": 0.1}), None, 0)
+        times = tuple(self.time_of(plan) * j for j in self.jitter)
+        return JobResult("ok", Attempt("ok", None, times, {"o": 0.1}, peak_bytes=self.peak_of(plan)), None, 0.1)
+
+
+def config_of(plan):
+    return plan.stages["whole"].config
+
+
+@pytest.fixture
+def setting(small, cpu, tmp_path):
+    """setting(lanes, max_memory): an engine in which plans have been tried."""
+    made = []
+
+    def make(lanes, max_memory_bytes=None):
+        database = TuningDatabase(tmp_path / "tuning.db")
+        study = database.open_study("key", small, cpu, {})
+        recorder = Recorder(database, study, small, resume=False, budget_s=600)
+        made.append(recorder)
+        return Engine(Evaluator(small, cpu, recorder), None, lanes, max_memory_bytes)
+
+    yield make
+    for recorder in made:
+        recorder.close()
+
+
+@pytest.fixture
+def default(small, cpu):
+    return default_plan(small, cpu)
+
+
+def varied(plan, **changes):
+    choice = plan.stages["whole"]
+    return plan.replace_stage("whole", type(choice)(choice.backend, choice.template, choice.config.replace(**changes)))
+
+
+def decide(engine, default, others, holder=None):
+    for plan in (default, *others):
+        engine.evaluate(Candidate("plan", plan))
+    return Finals(engine, default, holder).decide(others)
+
+
+def test_the_fastest_wins_and_those_within_the_noise_tie(setting, default):
+    fast, near = varied(default, chunk_size=16), varied(default, chunk_size=128)
+    times = {fast: 50.0, near: 50.01}
+    lanes = ScriptedLanes(lambda plan: times.get(plan, 100.0))
+    verdict = decide(setting(lanes), default, [near, fast])
+    assert verdict.plan == fast
+    assert near in lanes.compared[0]
+    assert verdict.default.median_us == 100.0
+
+
+def test_ties_are_recorded_as_ties(setting, default):
+    lanes = ScriptedLanes(lambda plan: 100.0 if plan == default else 100.01)
+    verdict = decide(setting(lanes), default, [varied(default, chunk_size=16)])
+    assert verdict.plan == default
+    assert verdict.ties
+    slower = ScriptedLanes(lambda plan: 100.0 if plan == default else 110.0)
+    assert not decide(setting(slower), default, [varied(default, chunk_size=16)]).ties
+
+
+@pytest.mark.parametrize(("gain", "wins"), [(0.995, False), (0.95, True)])
+def test_the_incumbent_stays_unless_beaten_beyond_the_noise(setting, default, gain, wins):
+    holder, rival = varied(default, chunk_size=32), varied(default, chunk_size=128)
+    times = {holder: 50.0, rival: gain * 50.0}
+    engine = setting(ScriptedLanes(lambda plan: times.get(plan, 100.0)))
+    assert decide(engine, default, [holder, rival], holder).plan == (rival if wins else holder)
+
+
+def test_it_walks_from_neighbour_to_neighbour(setting, default):
+    """Only the default was tried; the best lies three steps away, each step a little faster."""
+
+    def time_of(plan):
+        config = config_of(plan)
+        return 100.0 * (config["chunk_size"] / 64) * (0.9 if config["solve"] == "blocks" else 1.0)
+
+    lanes = ScriptedLanes(time_of)
+    verdict = decide(setting(lanes), default, [])
+    assert (config_of(verdict.plan)["chunk_size"], config_of(verdict.plan)["solve"]) == (16, "blocks")
+    assert verdict.neighbours >= 3
+
+
+def test_neighbours_differ_in_one_step_of_one_parameter(setting, default):
+    found = list(neighbours(default, "whole", setting(ScriptedLanes(lambda plan: 1.0))))
+    assert found
+    for plan in found:
+        differing = [name for name in config_of(plan) if config_of(plan)[name] != config_of(default)[name]]
+        assert len(differing) == 1
+    assert {config_of(plan)["chunk_size"] for plan in found} == {32, 64, 128}
+
+
+def test_what_fails_the_longer_admission_does_not_win(setting, default):
+    fast, next_best = varied(default, chunk_size=16), varied(default, chunk_size=32)
+    times = {fast: 40.0, next_best: 50.0}
+    engine = setting(ScriptedLanes(lambda plan: times.get(plan, 100.0), wrong=(fast,)))
+    assert decide(engine, default, [fast, next_best]).plan == next_best
+    assert engine.recorder.lookup(Candidate("plan", fast)).outcome == "wrong"
+    assert [t.outcome for t in engine.recorder.database.trials()].count("wrong") == 1
+
+
+def test_nothing_passes(setting, default):
+    class AllWrong(ScriptedLanes):
+        def run(self, job):
+            if job.function.__name__ == "check":
+                return JobResult("ok", Attempt("wrong", "planted"), None, 0.1)
+            return super().run(job)
+
+    with pytest.raises(SearchError, match="some plan must pass the final admission, but got wrong, planted"):
+        decide(setting(AllWrong(lambda plan: 1.0)), default, [])
+
+
+def test_plans_over_the_memory_limit_do_not_count_and_are_recorded_as_they_are(setting, default):
+    greedy = varied(default, chunk_size=16)
+    lanes = ScriptedLanes(lambda plan: 10.0 if plan == greedy else 100.0, peak_of=lambda p: 300 if p == greedy else 100)
+    engine = setting(lanes, max_memory_bytes=200)
+    assert decide(engine, default, [greedy]).plan != greedy
+    assert engine.over_memory == {greedy: 300}
+    (trial,) = [t for t in engine.recorder.database.trials() if Plan.from_dict(t.plan) == greedy]
+    assert (trial.outcome, trial.time_us, trial.resources["peak_bytes"]) == ("ok", 10.0, 300)
+
+
+def test_frontier_of_time_and_memory():
+    plans = [FrontierPlan("a", 1.0, 300), FrontierPlan("b", 2.0, 400), FrontierPlan("c", 3.0, 100),
+             FrontierPlan("d", 3.0, 90), FrontierPlan("e", 9.0, 90)]  # fmt: skip
+    assert [one.plan for one in frontier(plans)] == ["a", "d"]
+
+
+def answer_of(problem, device, plan, time_us=100.0, **changes):
+    fields = dict(
+        bucket=problem.bucket.name, device=device.slug, arch=device.arch, toolchain=toolchain_of(plan, toolchain()),
+        sources=sources_of(plan), problem=problem.to_dict(), plan=plan, time_us=time_us,
+    )  # fmt: skip
+    return Answer(**{**fields, **changes})
+
+
+def test_answers_of_neighbouring_shapes_and_gpus_are_proposed_nearest_first(small, cpu, default, tmp_path):
+    longer, other = small.replace(seq_len=256), Device("cpu", "Another CPU", "x86_64", 2)
+    plans = {c: varied(default, chunk_size=c) for c in (16, 32, 128)}
+    with TuningDatabase(tmp_path / "tuning.db") as database:
+        database.put_answer(answer_of(small, other, plans[128]))
+        database.put_answer(answer_of(longer, cpu, plans[32]))
+        database.put_answer(answer_of(small, cpu, plans[16]))
+        database.put_answer(answer_of(small.replace(dtype="bf16"), cpu, default))
+        found = known_plans(database, small, cpu, ("torch",))
+    assert found == [plans[16], plans[128], plans[32]]
+
+
+def test_shipped_answers_are_known_for_other_gpus(tmp_path):
+    problem, blackwell = Problem.preset("spikingbrain2-5b"), Device.from_arch("sm_100")
+    with TuningDatabase(tmp_path / "tuning.db") as database:
+        found = known_plans(database, problem, blackwell, ("triton",))
+        assert all(plan.graph == "staged" for plan in found)
+        assert incumbent(database, problem, blackwell) is None, "it was measured elsewhere"
+        hopper = Device("cuda", "NVIDIA H200", "sm_90", 132, 227 * 1024)
+        assert known_plans(database, problem, hopper, ("triton",))
+
+
+def test_the_incumbent_is_the_fastest_answer_that_fits(small, cpu, default, tmp_path):
+    with TuningDatabase(tmp_path / "tuning.db") as database:
+        assert incumbent(database, small, cpu) is None
+        stale = varied(default, chunk_size=16)
+        database.put_answer(answer_of(small, cpu, stale, 10.0, sources={"torch:whole": "other"}))
+        assert incumbent(database, small, cpu) is None
+        kept = varied(default, chunk_size=32)
+        database.put_answer(answer_of(small, cpu, kept, 50.0))
+        assert incumbent(database, small, cpu) == kept
