@@ -157,6 +157,8 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "torch": ("torch", "whole", ("sse_tune.templates.torch.whole",)),
 }
 BACKENDS = tuple(_BACKENDS)
+# backend -> those whose templates run the stages that it has none for, in its default plan
+_BESIDE: dict[str, tuple[str, ...]] = {"triton": (), "tilelang": ("triton",), "torch": ()}
 
 
 @functools.lru_cache(maxsize=None)
@@ -213,6 +215,8 @@ def default_backend(device: Device) -> str:
 def default_plan(problem: Problem, device: Device, backend: str | None = None, outer: Config | None = None) -> Plan:
     """The declared defaults, moved to the nearest config that passes the constraints of this problem and device.
 
+    TileLang has templates for some stages; the plan's other stages are Triton's.
+
     With `outer` None the outer choices move too, when a stage has no config beside the declared ones.
 
     Raises:
@@ -235,7 +239,7 @@ def default_plan(problem: Problem, device: Device, backend: str | None = None, o
 def _default_stages(problem: Problem, device: Device, backend: str, outer: Config) -> dict[str, StageChoice]:
     stages = {}
     for stage in stage_names(graph_of(backend), problem, outer):
-        candidates = templates_for(stage, problem, (backend,))
+        candidates = templates_for(stage, problem, (backend,)) or templates_for(stage, problem, _BESIDE[backend])
         if not candidates:
             raise PlanError("every stage needs a template", f"{stage!r} of {backend}", "use another backend")
         template = candidates[0]

@@ -17,7 +17,7 @@ from sse_tune.device import ARCHS
 from sse_tune.errors import CompileError, ConstraintError, DeviceError
 from sse_tune.problem import Problem
 from sse_tune.space import Config
-from sse_tune.templates.registry import Program, find_template, templates_of
+from sse_tune.templates.registry import Program, default_plan, find_template, templates_of, validate_plan
 
 pytestmark = pytest.mark.skipif(tilelang.missing() is not None, reason=f"nothing to compile with: {tilelang.missing()}")
 
@@ -120,6 +120,17 @@ def test_the_key_tells_programs_apart():
         (launch,) = record_launches(template, MAIN, OUTER, config)
         keys |= {tilelang.cache_key(launch.kernel, arch) for arch in ARCHS}
     assert len(keys) == 6
+
+
+@pytest.mark.parametrize("rule", ["gdn", "gla"])
+def test_its_default_plan_is_mixed(rule):
+    problem = MAIN if rule == "gdn" else MAIN.replace(rule="gla", norm="none")
+    plan = default_plan(problem, ARCHS["sm_90"], "tilelang")
+    validate_plan(plan, problem, ARCHS["sm_90"])
+    own = {choice.template for choice in plan.stages.values() if choice.backend == "tilelang"}
+    assert own == (set(NAMES) if rule == "gdn" else set())
+    assert {choice.backend for choice in plan.stages.values()} <= {"tilelang", "triton"}
+    assert {choice.backend for choice in default_plan(problem, ARCHS["sm_90"]).stages.values()} == {"triton"}
 
 
 def test_a_refusal_is_one_line():
