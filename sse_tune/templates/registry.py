@@ -243,7 +243,7 @@ def _default_stages(problem: Problem, device: Device, backend: str, outer: Confi
         if not candidates:
             raise PlanError("every stage needs a template", f"{stage!r} of {backend}", "use another backend")
         template = candidates[0]
-        stages[stage] = StageChoice(backend, template.name, template.space.default(problem, device, outer))
+        stages[stage] = StageChoice(template.backend, template.name, template.space.default(problem, device, outer))
     return stages
 
 
