@@ -42,7 +42,7 @@ def smem_bytes(problem: Problem, config: Config) -> int:
     item = common.item_bytes(problem)
     state = 4 if config["state_dtype"] == "fp32" else item
     flight = int(config["num_stages"]) * state * (c * bk + bk * bv)
-    return max(flight + max(4 * bk * bv, item * (c * c + c * bv)), 4 * c * bv) + 4096
+    return max(flight + max(4 * bk * bv, item * (c * c + c * bv)), 4 * c * bv) + 8192
 
 
 SPACE = Space(
