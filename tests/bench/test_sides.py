@@ -26,7 +26,8 @@ def test_all_sides_are_timed_in_turn_those_of_one_direction_beside_each_other():
     assert [(result.name, result.direction) for result in results] == order
     assert len(calls) >= 6 * len(order)  # once to warm up, then at least five times
     assert calls == order * (len(calls) // len(order))
-    assert {len(result.timing.times_us) for result in results} == {len(calls) // len(order) - 1}
+    # outliers are measured again: a round may leave a time out
+    assert all(5 <= len(result.timing.times_us) < len(calls) // len(order) for result in results)
     assert results[0].to_dict().keys() == {"median_us", "noise_us", "repeats", "peak_bytes"}
 
 
