@@ -1,14 +1,18 @@
 """A PostgreSQL server of the tests' own: in a temporary folder, on a free port, gone afterwards."""
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import pathlib
 import pwd
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import tempfile
+import time
 
 
 def programs():
@@ -39,6 +43,13 @@ def _account():
     return None
 
 
+def _end_with_parent():
+    """On Linux the kernel ends the server, at once, with tests that are killed."""
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGQUIT)
+
+
 @contextlib.contextmanager
 def server():
     """Starts a server and gives its URL without a database name."""
@@ -58,12 +69,21 @@ def server():
             assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
 
         run(bin_ / "initdb", "-D", data, "-U", "tests", "--auth=trust", "--no-sync", "--encoding=UTF8", "--locale=C")
-        options = f"-h 127.0.0.1 -p {port} -k {folder} -c fsync=off"
-        # its own log, or the pipe of `run` would stay open as long as the server lives
-        run(bin_ / "pg_ctl", "-D", data, "-w", "-l", folder / "log", "-o", options, "start")
+        options = ("-h", "127.0.0.1", "-p", str(port), "-k", folder, "-c", "fsync=off")
+        log = (folder / "log").open("wb")
+        process = subprocess.Popen(
+            [bin_ / "postgres", "-D", data, *options], stdout=log, stderr=log, cwd=folder,
+            preexec_fn=_end_with_parent, **user,
+        )  # fmt: skip
         try:
+            deadline = time.monotonic() + 60
+            while subprocess.run([bin_ / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)], **user).returncode:
+                assert process.poll() is None and time.monotonic() < deadline, (folder / "log").read_text()
+                time.sleep(0.1)
             yield f"postgresql://tests@127.0.0.1:{port}"
         finally:
-            run(bin_ / "pg_ctl", "-D", data, "-m", "immediate", "stop")
+            process.send_signal(signal.SIGQUIT)
+            process.wait(30)
+            log.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -20,8 +20,9 @@ from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import Decision
 from sse_tune.runtime.kernel import Kernel
 from sse_tune.runtime.pipeline import Execution, Inputs
+from sse_tune.tuning import measure
 from sse_tune.tuning.inputs import Case
-from sse_tune.tuning.jobs import in_graph
+from sse_tune.tuning.jobs import in_graph, torch_device
 from sse_tune.tuning.measure import Timing, compare
 
 Run = Callable[[Inputs], Tensor]  # inputs -> o [R, H, V], differentiable
@@ -152,24 +153,14 @@ def own_sides(name: str, plan: Plan, problem: Problem, device: Device, case: Cas
             if problem.trains:
                 execution.backward(case.do)
 
-        sides.append(Side(name + GRAPH, problem.direction, _captured(launches, pool)))
+        sides.append(Side(name + GRAPH, problem.direction, measure.captured(launches, pool)))
     return sides
 
 
 def peak_bytes(call: Callable[[], object], device: Device) -> int | None:
-    """What a warm call allocates at most beside what is there before it, results included; None on a CPU.
-
-    The call is run on a CPU too: one that fails is to fail here and not among those that are timed.
-    """
+    """See `measure.peak_bytes`; the call is run on a CPU too: one that fails is to fail here, not among those timed."""
     call()
-    if device.kind != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
+    return measure.peak_bytes(call, torch_device(device))
 
 
 def time_sides(sides: list[Side], where: str, time_limit_s: float) -> list[SideResult]:
@@ -188,16 +179,3 @@ def time_sides(sides: list[Side], where: str, time_limit_s: float) -> list[SideR
         SideResult(side.name, side.direction, timing, side.peak_bytes)
         for side, timing in zip(ordered, timings.values(), strict=True)
     ]
-
-
-def _captured(call: Callable[[], object], pool: Any) -> Callable[[], object]:
-    """The call as a replay of a CUDA graph; it is run before, so that nothing is compiled inside the capture."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        call()
-    return graph.replay

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import sqlalchemy as sa
 from sqlalchemy.pool import NullPool
 
+from sse_tune.database.interrupts import uninterrupted
 from sse_tune.database.records import Answer, Quarantined, Record, Study, Trial
 from sse_tune.errors import DatabaseError
 
@@ -114,7 +115,14 @@ def open_engine(where: str | pathlib.Path) -> tuple[sa.Engine, str]:
 @contextlib.contextmanager
 def writing(engine: sa.Engine) -> Iterator[sa.Connection]:
     """A connection in a transaction that holds the right to write from its start."""
-    with engine.execution_options(sse_write=True).begin() as connection:
+    with uninterrupted(), engine.execution_options(sse_write=True).begin() as connection:
+        yield connection
+
+
+@contextlib.contextmanager
+def reading(engine: sa.Engine) -> Iterator[sa.Connection]:
+    """A connection in a transaction that sees one state of the database."""
+    with uninterrupted(), engine.begin() as connection:
         yield connection
 
 

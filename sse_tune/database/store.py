@@ -17,7 +17,7 @@ from sse_tune.database.claims import Claim
 from sse_tune.database.fields import digest
 from sse_tune.database.records import Answer, Contents, Quarantined, Record, Study, Trial
 from sse_tune.database.rows import add_trial, put_answer, put_quarantined, put_study, rows, take_all
-from sse_tune.database.schema import ANSWERS, QUARANTINE, STUDIES, TRIALS, open_engine, reported, writing
+from sse_tune.database.schema import ANSWERS, QUARANTINE, STUDIES, TRIALS, open_engine, reading, reported, writing
 from sse_tune.device import Device
 from sse_tune.errors import DatabaseError
 from sse_tune.problem import Problem
@@ -183,7 +183,7 @@ class TuningDatabase:
 
     def contents(self) -> Contents:
         """Everything, as of one moment."""
-        with reported(self.name), self._engine.begin() as connection:
+        with reported(self.name), reading(self._engine) as connection:
             return Contents(
                 tuple(rows(connection, sa.select(STUDIES).order_by(STUDIES.c.created, STUDIES.c.id), Study)),
                 tuple(rows(connection, sa.select(TRIALS).order_by(TRIALS.c.study, TRIALS.c.number), Trial)),
@@ -250,5 +250,5 @@ class TuningDatabase:
         raise AssertionError("the loop returns or raises")
 
     def _read(self, query: sa.Select[Any], record: type[R]) -> list[R]:
-        with reported(self.name), self._engine.begin() as connection:
+        with reported(self.name), reading(self._engine) as connection:
             return rows(connection, query, record)

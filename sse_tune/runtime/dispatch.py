@@ -79,7 +79,9 @@ def clear_cache() -> None:
 
 
 def narrow(plan: Plan, problem: Problem) -> Plan:
-    """The part of a training plan that the forward pass runs, for a problem of direction "fwd"."""
+    """The part of a training plan that the forward pass runs, for a problem of direction "fwd".
+
+    Raises PlanError for a plan whose graph or outer choices are not known here."""
     if problem.trains or plan.graph == "whole":
         return plan
     kept = {name: plan.stages[name] for name in stage_names(plan.graph, problem, plan.outer) if name in plan.stages}
@@ -119,8 +121,13 @@ def _choose(problem: Problem, device: Device, answers: tuple[Answer, ...]) -> De
     present, wanted = toolchain(), problem.bucket
     refused = []
     for distance, answer in by_distance(wanted, answers):
-        plan = narrow(answer.plan, problem)
-        reason = fits(answer, device, present) or _violation(plan, problem, device)
+        reason = fits(answer, device, present)
+        if reason is None:
+            try:
+                plan = narrow(answer.plan, problem)
+                validate_plan(plan, problem, device)
+            except (PlanError, ConstraintError, DeviceError) as error:
+                reason = str(error)
         if reason is not None:
             refused.append(f"{answer.bucket}: {reason}")
             continue
@@ -164,14 +171,6 @@ def _distance(wanted: Bucket, other: Bucket) -> float | None:
         + 0.5 * (wanted.packed != other.packed)
         + 0.5 * (wanted.direction != other.direction)
     )
-
-
-def _violation(plan: Plan, problem: Problem, device: Device) -> str | None:
-    try:
-        validate_plan(plan, problem, device)
-    except (PlanError, ConstraintError, DeviceError) as error:
-        return str(error)
-    return None
 
 
 def _search_arguments(problem: Problem) -> str:

@@ -14,7 +14,7 @@ from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.space import Config
 from sse_tune.templates.buffers import BUFFERS, ITEM_BYTES
-from sse_tune.templates.stages import GRAPHS, stage_bytes, stage_flops, stages_of
+from sse_tune.templates.stages import GRAPHS, Stage, stage_bytes, stages_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def floor_of(problem: Problem, device: Device, ceilings: Ceilings, outer: Config
         StageFloor(
             stage.name,
             moved := stage_bytes(stage, problem, chosen),
-            flops := stage_flops(stage, problem, int(chosen["chunk_size"])),
+            flops := _stage_flops(stage, problem, int(chosen["chunk_size"])),
             1e6 * moved / ceilings.copy_bytes_per_s,
             1e6 * flops / ceilings.matmul_flops_per_s,
         )
@@ -110,3 +110,9 @@ def call_bytes(problem: Problem, outer: Config) -> int:
         elif plain in widths:
             total += streams * tokens * heads * widths[plain] * item
     return total  # states and cu_seqlens, a few kilobytes a sequence, are left out
+
+
+def _stage_flops(stage: Stage, problem: Problem, chunk_size: int) -> float:
+    """FLOPs of a stage over all rows and heads, padding not counted."""
+    rows = problem.batch * problem.seq_len * problem.lanes
+    return stage.flops(problem, chunk_size) * rows * problem.num_heads

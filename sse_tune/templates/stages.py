@@ -222,9 +222,13 @@ def _gdn_stages(problem: Problem) -> tuple[Stage, ...]:
 
 
 def stages_of(problem: Problem, outer: Config) -> tuple[Stage, ...]:
-    """The staged graph of a problem under a plan's outer choices, in the order the stages run."""
+    """The staged graph of a problem under a plan's outer choices, in the order the stages run.
+
+    Raises PlanError when a choice that decides is missing: a plan written by another version."""
     if problem.rule == "gdn":
         return _gdn_stages(problem)
+    if "states" not in outer:
+        raise PlanError("a plan must choose `states`", f"only {sorted(outer)}", "search again for this problem")
     return _gla_stored(problem) if outer["states"] == "store" else _gla_recomputed(problem)
 
 
@@ -269,12 +273,6 @@ def stage_contract(name: str, problem: Problem, outer: Config) -> tuple[object, 
     (stage,) = (stage for stage in stages_of(problem, outer) if stage.name == name)
     seen = [BUFFERS[buffer] for buffer in (*stage.reads, *stage.writes) if buffer in BUFFERS]
     return sizes.chunk_size, *((buffer.name, buffer.dtype_in(problem, outer), buffer.shape(sizes)) for buffer in seen)
-
-
-def stage_flops(stage: Stage, problem: Problem, chunk_size: int) -> float:
-    """FLOPs of a stage over all rows and heads, padding not counted."""
-    rows = problem.batch * problem.seq_len * problem.lanes
-    return stage.flops(problem, chunk_size) * rows * problem.num_heads
 
 
 def stage_bytes(stage: Stage, problem: Problem, outer: Config) -> int:

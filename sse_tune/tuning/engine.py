@@ -81,10 +81,7 @@ class Engine:
         """One candidate, alone; what is known of it is not run again."""
         while (attempt := self.recorder.lookup(candidate)) is None:
             if self.recorder.claim(candidate):
-                compiled = self.compile(candidate)
-                for future in compiled:
-                    future.exception()
-                attempt, resources = self.evaluator.refusal(candidate, compiled)
+                attempt, resources = self.evaluator.refusal(candidate, self.compile(candidate))
                 if attempt.outcome != "ok":
                     self.recorder.end(candidate, attempt, resources)
                     return attempt
@@ -125,9 +122,6 @@ class Engine:
         self._submit(strategy, candidate, compiled, told=True)
 
     def _submit(self, strategy: Strategy, candidate: Candidate, compiled: Pending, *, told: bool) -> None:
-        if candidate.stage is None:
-            for future in compiled:
-                future.exception()  # waits; what failed to compile fails again, with its reason, in the trial
         attempt, resources = self.evaluator.refusal(candidate, compiled)
         if attempt.outcome != "ok":
             self.recorder.end(candidate, attempt, resources)

@@ -50,7 +50,7 @@ class Evaluator:
         found = None if choice is None else self.quarantined(choice, candidate.plan.outer)
         if found is not None:
             return Attempt("rejected", found), resources
-        for future in compiled if candidate.stage is not None else ():
+        for future in compiled:
             answer = future.result()
             resources = {name: max(value, resources.get(name, 0)) for name, value in answer.resources.items()}
             if answer.outcome != "ok":

@@ -13,12 +13,12 @@ from sse_tune.space import Config
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.recorded import Recorded
 from sse_tune.tuning.samplers import Axis, make_sampler, quiet
-from sse_tune.tuning.strategy import Strategy
+from sse_tune.tuning.strategy import Proposer
 
 _PROPOSALS = {"tpe": 100, "random": 100, "gp": 3}
 
 
-class Joint(Strategy):
+class Joint(Proposer):
     """The default first, then what a sampler proposes in the product of all spaces.
 
     Proposals that are not possible are told as such, and known ones again what they took; neither counts. When only

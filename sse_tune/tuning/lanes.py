@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import queue
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ class Lanes:
         self._free = list(workers)
         self._threads = concurrent.futures.ThreadPoolExecutor(len(self._workers), thread_name_prefix="lane")
         self._running: dict[concurrent.futures.Future[JobResult], tuple[Worker, Any]] = {}
+        # not `concurrent.futures.wait`: Ctrl-C there can leave locks behind that the threads need
+        self._ended: queue.SimpleQueue[concurrent.futures.Future[JobResult]] = queue.SimpleQueue()
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -39,6 +42,7 @@ class Lanes:
         worker = self._free.pop(0)
         future = self._threads.submit(worker.run, job.function, *job.arguments, deadline_s=job.deadline_s)
         self._running[future] = (worker, tag)
+        future.add_done_callback(self._ended.put)
 
     def wait(self, timeout_s: float | None) -> list[tuple[Any, JobResult]]:
         """The answers there are once there is one, or none when the time is up.
@@ -46,9 +50,12 @@ class Lanes:
         Raises:
             WorkerError: a worker process cannot be started.
         """
-        done, _ = concurrent.futures.wait(
-            self._running, timeout_s, return_when=concurrent.futures.FIRST_COMPLETED
-        )
+        try:
+            done = [self._ended.get(timeout=timeout_s)]
+        except queue.Empty:
+            return []
+        while not self._ended.empty():
+            done.append(self._ended.get())
         answers = []
         for future in done:
             worker, tag = self._running.pop(future)

@@ -8,7 +8,8 @@ import torch
 
 from sse_tune.device import Device
 from sse_tune.errors import SearchError
-from sse_tune.templates.registry import BACKENDS, default_backend, graph_of
+from sse_tune.templates.registry import BACKENDS, default_backend, graph_of, is_compiled
+from sse_tune.tuning.ahead import CompileAhead
 from sse_tune.tuning.evaluate import Job
 from sse_tune.tuning.lanes import Lanes
 from sse_tune.tuning.worker import Worker
@@ -71,6 +72,12 @@ def backends_for(backends: Sequence[str] | None, device: Device) -> tuple[str, .
         raise SearchError(f"{', '.join(staged)} kernels need a GPU", device.name, "use --backends torch here")
     usual = default_backend(device)
     return tuple(sorted(dict.fromkeys(backends), key=lambda backend: backend != usual))
+
+
+def compilers_for(backends: Sequence[str], device: Device) -> CompileAhead | None:
+    """What compiles candidates while others run; None: there is nothing to compile."""
+    is_needed = device.kind == "cuda" and any(is_compiled(backend) for backend in backends)
+    return CompileAhead(device) if is_needed else None
 
 
 def _names(device: Named) -> list[str]:

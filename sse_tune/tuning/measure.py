@@ -10,6 +10,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -96,7 +97,7 @@ def compare(
     calls = dict(sides)
     if where.type == "cuda":
         if graph:
-            calls = {name: _captured(call) for name, call in calls.items()}
+            calls = {name: captured(call) for name, call in calls.items()}
         sample: Callable[[Callable[[], object]], float] = _GpuSampler(where)
     else:
         sample = _CpuSampler()
@@ -150,6 +151,19 @@ def peak_bytes(call: Callable[[], object], device: torch.device | str) -> int | 
     return torch.cuda.max_memory_allocated(where) - before
 
 
+def captured(call: Callable[[], object], pool: Any = None) -> Callable[[], object]:
+    """A call as a replay of a CUDA graph, in a pool that other graphs may share; the call must not synchronise."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()  # compiles and warms up outside the capture
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        call()
+    return graph.replay
+
+
 class _GpuSampler:
     def __init__(self, device: torch.device) -> None:
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
@@ -176,15 +190,3 @@ class _CpuSampler:
         start = time.perf_counter()
         call()
         return (time.perf_counter() - start) * 1e6
-
-
-def _captured(call: Callable[[], object]) -> Callable[[], object]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()  # compiles and warms up outside the capture
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    return graph.replay

@@ -24,7 +24,7 @@ from sse_tune.tuning.candidates import Candidate, Settings
 from sse_tune.tuning.joint import Joint
 from sse_tune.tuning.recorded import Recorded
 from sse_tune.tuning.samplers import check_sampler
-from sse_tune.tuning.strategy import Decomposed, Strategy, WholePlans
+from sse_tune.tuning.strategy import Decomposed, Proposer, WholePlans
 from sse_tune.tuning.sweep_file import Sweep, read_sweep
 
 STRATEGIES = ("ours", "random", "tpe", "gp", "exhaustive")
@@ -141,7 +141,7 @@ def _run(name: str, recorded: Recorded, seed: int, evaluations: int) -> tuple[in
     return reached, ratio
 
 
-def _strategy(name: str, recorded: Recorded, seed: int, evaluations: int) -> Strategy:
+def _strategy(name: str, recorded: Recorded, seed: int, evaluations: int) -> Proposer:
     if name != "ours":
         return Joint(recorded, name, seed)
     settings = Settings(sampler="tpe", seed=seed, max_points=len(recorded.outers))

@@ -16,7 +16,6 @@ from sse_tune.errors import SearchError
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.templates.registry import default_plan, graph_of
-from sse_tune.tuning.ahead import CompileAhead
 from sse_tune.tuning.candidates import Candidate, Settings
 from sse_tune.tuning.engine import Engine
 from sse_tune.tuning.evaluate import Evaluator
@@ -24,7 +23,7 @@ from sse_tune.tuning.finals import Finals, Verdict
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.landscape import Templates
 from sse_tune.tuning.lanes import Lanes
-from sse_tune.tuning.machine import backends_for, detect, workers_for
+from sse_tune.tuning.machine import backends_for, compilers_for, detect, workers_for
 from sse_tune.tuning.recorder import Progress, Recorder
 from sse_tune.tuning.report import FrontierPlan, SearchInterrupted, SearchReport, frontier
 from sse_tune.tuning.samplers import check_sampler
@@ -103,9 +102,9 @@ def search(
             opened, study, problem, resume=resume, budget_s=budget_s, max_trials=trials, progress=progress
         )
         stack.callback(recorder.close)
-        ahead = None
-        if found.kind == "cuda" and "triton" in chosen:
-            ahead = stack.enter_context(CompileAhead(found))
+        ahead = compilers_for(chosen, found)
+        if ahead is not None:
+            stack.enter_context(ahead)
         engine = Engine(Evaluator(problem, found, recorder), ahead, lanes, max_memory_bytes)
         try:
             return _search(engine, chosen, sampler, target)

@@ -31,13 +31,16 @@ def known_plans(database: TuningDatabase, problem: Problem, device: Device, back
     ranked: list[tuple[float, int, Plan]] = []
     for distance, answer in by_distance(problem.bucket, answers):
         other = 0.0 if answer.device == device.slug else _OTHER_DEVICE if answer.arch == device.arch else _OTHER_ARCH
-        ranked.append((distance + other, len(ranked), narrow(answer.plan, problem)))
+        ranked.append((distance + other, len(ranked), answer.plan))
     graphs = {graph_of(backend) for backend in backends}
     found: dict[Plan, None] = {}
-    for _, _, plan in sorted(ranked, key=lambda entry: entry[:2]):
-        if plan.graph not in graphs or {choice.backend for choice in plan.stages.values()} - set(backends):
+    for _, _, theirs in sorted(ranked, key=lambda entry: entry[:2]):
+        if theirs.graph not in graphs:
             continue
         try:
+            plan = narrow(theirs, problem)
+            if {choice.backend for choice in plan.stages.values()} - set(backends):
+                continue
             validate_plan(plan, problem, device)
         except (PlanError, ConstraintError, DeviceError):
             continue

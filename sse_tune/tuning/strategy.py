@@ -7,6 +7,7 @@ runs nothing and knows no clock: whoever drives it measures what it asks for, on
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 
 from sse_tune.errors import ConstraintError
@@ -20,41 +21,45 @@ from sse_tune.tuning.study import SpaceStudy
 _NOT_WORTH_TUNING = 1.6  # times the best base: stages tuned apart do not make up for this much
 
 
-class Strategy:
-    """Base of the strategies: `ask` for a candidate, `tell` its time, until `finished`."""
+class Proposer(abc.ABC):
+    """Base of all that is asked and told: `ask` for a candidate, `tell` its time, until `finished`."""
 
     def __init__(self) -> None:
         self.finished = False
         self.plan_times: dict[Plan, float] = {}
 
+    @abc.abstractmethod
     def ask(self) -> Candidate | None:
         """The next candidate; None: `finished`, or results must be told first."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def tell(self, candidate: Candidate, time_us: float | None) -> None:
         """The median time of a candidate; None: it failed."""
-        raise NotImplementedError
 
+    def plans(self) -> list[Plan]:
+        """The whole plans that were admitted, fastest first."""
+        return sorted(self.plan_times, key=lambda plan: self.plan_times[plan])
+
+
+class Strategy(Proposer):
+    """Base of what the engine drives within a budget."""
+
+    @abc.abstractmethod
     def stop(self) -> None:
         """The budget for exploring is used: only what puts the findings together is asked from now on."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def withdraw(self, candidate: Candidate) -> bool:
         """A candidate that was asked for need not be run, the budget being used; False: it must be all the same."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def progress(self) -> tuple[str, int, int]:
         """For people: the phase, and how many of how many trials are made in it."""
-        raise NotImplementedError
 
     @property
     def base(self) -> Plan | None:
         """The admitted plan that stages are measured on now; None: there is none."""
         return None
-
-    def plans(self) -> list[Plan]:
-        """The whole plans that were admitted, fastest first."""
-        return sorted(self.plan_times, key=lambda plan: self.plan_times[plan])
 
 
 class WholePlans(Strategy):

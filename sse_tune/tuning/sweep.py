@@ -21,13 +21,12 @@ from sse_tune.errors import ConstraintError, SearchError
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Param
-from sse_tune.tuning.ahead import CompileAhead
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.engine import Engine
 from sse_tune.tuning.evaluate import Evaluator
 from sse_tune.tuning.landscape import Landscape, Slot, Templates
 from sse_tune.tuning.lanes import Lanes
-from sse_tune.tuning.machine import backends_for, detect, workers_for
+from sse_tune.tuning.machine import backends_for, compilers_for, detect, workers_for
 from sse_tune.tuning.recorder import Progress, Recorder
 from sse_tune.tuning.strategy import Strategy
 from sse_tune.tuning.sweep_file import RecordedSpace, Row, Sweep
@@ -69,9 +68,9 @@ def sweep(
         study = opened.open_study(study_key(problem, found, chosen), problem, found, {"sweep": True})
         recorder = Recorder(opened, study, problem, resume=True, budget_s=float("inf"), progress=progress)
         stack.callback(recorder.close)
-        ahead = None
-        if found.kind == "cuda" and "triton" in chosen:
-            ahead = stack.enter_context(CompileAhead(found))
+        ahead = compilers_for(chosen, found)
+        if ahead is not None:
+            stack.enter_context(ahead)
         engine = Engine(Evaluator(problem, found, recorder), ahead, lanes)
         everything = Everything(Templates(problem, found, chosen), stages, every_outer)
         try:
@@ -132,6 +131,9 @@ class Everything(Strategy):
                 self._left = itertools.chain(self._left, iter(self._cover(candidate.plan)))
 
     def stop(self) -> None:
+        raise AssertionError("a sweep has no budget")
+
+    def withdraw(self, candidate: Candidate) -> bool:
         raise AssertionError("a sweep has no budget")
 
     def progress(self) -> tuple[str, int, int]:

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from typing import IO, Any
@@ -56,6 +57,8 @@ class Worker:
         self._process: subprocess.Popen | None = None
         self._connection: multiprocessing.connection.Connection | None = None
         self._log: IO[bytes] | None = None
+        self._lock = threading.Lock()  # of the three above: `close` may come from another thread than `run`
+        self._closed = False
         self.starts = 0
 
     def __enter__(self) -> Worker:
@@ -72,20 +75,20 @@ class Worker:
         """Runs a module-level function in the child.
 
         Raises:
-            WorkerError: no child can be started.
+            WorkerError: no child can be started, or the worker was closed.
         """
-        if self._process is None or self._process.poll() is not None:
-            self._start()
-        assert self._connection is not None
+        process, connection = self._process, self._connection
+        if process is None or connection is None or process.poll() is not None:
+            connection = self._start()
         begin = time.monotonic()
         try:
-            self._connection.send((job, arguments))
-            if not self._connection.poll(deadline_s):
+            connection.send((job, arguments))
+            if not connection.poll(deadline_s):
                 self._kill()
                 reason = f"no answer within {deadline_s:.0f} s"
                 return JobResult("timeout", None, reason, time.monotonic() - begin)
-            outcome, value, reason, usable = self._connection.recv()
-        except (EOFError, ConnectionError):
+            outcome, value, reason, usable = connection.recv()
+        except (EOFError, OSError):
             outcome, value, usable = "crash", None, False
             reason = self._last_words()
             # a SIGKILL that is not ours is the kernel's, which ran out of memory
@@ -100,9 +103,11 @@ class Worker:
         return JobResult(outcome, value, reason, wall_s)
 
     def close(self) -> None:
+        """Ends the child for good, and with it the job that another thread may be running."""
+        self._closed = True
         self._kill()
 
-    def _start(self) -> None:
+    def _start(self) -> multiprocessing.connection.Connection:
         import json
 
         self._kill()
@@ -114,18 +119,20 @@ class Worker:
             "memory_limit_bytes": self._memory_limit_bytes,
             "threads": self._threads,
         }
-        # its own session: Ctrl-C at the terminal is the parent's to handle
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, json.dumps(arguments)],
-            pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
-            start_new_session=True, env=self._environment(),
-        )
+        with self._lock:
+            self._must_be_open()
+            # its own session: Ctrl-C at the terminal is the parent's to handle
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, json.dumps(arguments)],
+                pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log,
+                start_new_session=True, env=self._environment(),
+            )
+            connection = self._connection = multiprocessing.connection.Connection(ours.detach())
         theirs.close()
-        self._connection = multiprocessing.connection.Connection(ours.detach())
         self.starts += 1
         try:
-            ready = self._connection.poll(START_LIMIT_S) and self._connection.recv() == "ready"
-        except (EOFError, ConnectionError):
+            ready = connection.poll(START_LIMIT_S) and connection.recv() == "ready"
+        except (EOFError, OSError):
             ready = False
         except KeyboardInterrupt:
             self._kill()
@@ -134,6 +141,11 @@ class Worker:
             reason = self._last_words()
             self._kill()
             raise WorkerError("a worker process must start", reason, "run `sse-tune doctor`")
+        return connection
+
+    def _must_be_open(self) -> None:
+        if self._closed:
+            raise WorkerError("a worker must be open", "it was closed", "make another one")
 
     def _environment(self) -> dict[str, str]:
         environment = dict(os.environ)
@@ -146,31 +158,37 @@ class Worker:
 
     def _last_words(self) -> str:
         """Why the child ended: its signal or exit code and the end of what it printed."""
-        if self._process is None or self._log is None:
-            return "it was never started"
-        try:
-            code = self._process.wait(5)
-        except subprocess.TimeoutExpired:
-            return "it closed its connection"
+        with self._lock:
+            self._must_be_open()
+            assert self._process is not None
+            assert self._log is not None
+            try:
+                code = self._process.wait(5)
+            except subprocess.TimeoutExpired:
+                return "it closed its connection"
+            self._log.seek(0, os.SEEK_END)
+            self._log.seek(max(0, self._log.tell() - 4000))
+            said = self._log.read().decode(errors="replace")
         died = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        self._log.seek(0, os.SEEK_END)
-        self._log.seek(max(0, self._log.tell() - 4000))
-        lines = [line.strip() for line in self._log.read().decode(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
         fatal = [line for line in lines if line.startswith(("Fatal", "terminate", "MemoryError")) or "rror:" in line]
-        said = (fatal or lines)[-1:] if lines else []
-        return "; ".join([f"the worker process was lost: {died}", *(line[:300] for line in said)])
+        return "; ".join([f"the worker process was lost: {died}", *(line[:300] for line in (fatal or lines)[-1:])])
 
     def _kill(self) -> None:
-        # the child first: its end of the socket closes, which wakes a thread that waits at ours
-        if self._process is not None:
-            if self._process.poll() is None:
-                self._process.kill()
-            self._process.wait()
-        if self._connection is not None:
-            self._connection.close()
-        if self._log is not None:
-            self._log.close()
-        self._process = self._connection = self._log = None
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.kill()  # outside the lock, which a thread may hold that waits for the child
+        with self._lock:
+            # the child first: its end of the socket closes, which wakes a thread that waits at ours
+            if self._process is not None:
+                if self._process.poll() is None:
+                    self._process.kill()
+                self._process.wait()
+            if self._connection is not None:
+                self._connection.close()
+            if self._log is not None:
+                self._log.close()
+            self._process = self._connection = self._log = None
 
 
 def serve(socket_number: int, memory_limit_bytes: int | None, threads: int | None) -> None:

@@ -2,12 +2,17 @@
 
 import concurrent.futures
 
-from sse_tune.device import ARCHS
+from sse_tune.database.store import TuningDatabase
+from sse_tune.device import ARCHS, Device
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.templates.registry import default_plan
 from sse_tune.tuning.ahead import CompileAhead, Compiled
+from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.cases import CASES, case_names, case_problem
+from sse_tune.tuning.evaluate import Evaluator
+from sse_tune.tuning.machine import compilers_for
+from sse_tune.tuning.recorder import Recorder
 
 DEVICE = ARCHS["sm_90"]
 PROBLEM = Problem.preset("spikingbrain2-5b")
@@ -65,3 +70,32 @@ def test_a_stage_is_compiled_in_another_process():
         compiled = ahead.submit(plan.stages["combine"], PROBLEM, plan.outer).result()
     assert compiled.outcome == "ok"
     assert compiled.resources["registers"] > 0
+
+
+def test_there_is_a_compiler_for_every_backend_that_needs_one():
+    for backends in (("triton",), ("tilelang",), ("tilelang", "triton")):
+        with compilers_for(backends, DEVICE) as ahead:
+            assert ahead.device == DEVICE
+    assert compilers_for(("torch",), DEVICE) is None
+    assert compilers_for(("triton",), Device.detect("cpu")) is None
+
+
+def test_a_whole_plan_that_must_not_run_is_refused(tmp_path):
+    """A racy kernel may pass admission by luck: what the compiler says counts for plans as for stages."""
+
+    def said(outcome, reason, registers):
+        future = concurrent.futures.Future()
+        future.set_result(Compiled(outcome, reason, {"registers": registers}))
+        return future
+
+    with TuningDatabase(tmp_path / "tuning.db") as database:
+        study = database.open_study("0" * 32, PROBLEM, DEVICE, {})
+        recorder = Recorder(database, study, PROBLEM, resume=False, budget_s=60)
+        evaluator = Evaluator(PROBLEM, DEVICE, recorder)
+        candidate = Candidate("plan", default_plan(PROBLEM, DEVICE))
+        fine = [said("ok", None, 100), said("ok", None, 200)]
+        attempt, resources = evaluator.refusal(candidate, fine)
+        assert (attempt.outcome, resources) == ("ok", {"registers": 200})
+        attempt, _ = evaluator.refusal(candidate, [*fine, said("rejected", "a race", 90)])
+        assert (attempt.outcome, attempt.reason) == ("rejected", "a race")
+        recorder.close()

@@ -1,9 +1,12 @@
 """A bad candidate costs one job: whatever it does to its process, the next job runs and the reason is kept."""
 
+import concurrent.futures
 import os
+import time
 
 import pytest
 
+from sse_tune.errors import WorkerError
 from sse_tune.tuning.worker import Worker
 
 
@@ -54,3 +57,24 @@ def test_close_ends_the_child(planted):
     worker.close()
     with pytest.raises(ProcessLookupError):
         os.kill(child, 0)
+
+
+def test_close_ends_the_job_of_another_thread(planted):
+    worker = Worker(threads=1)
+    worker.run(planted.fine, 0, deadline_s=60)
+    with concurrent.futures.ThreadPoolExecutor(1) as threads:
+        running = threads.submit(worker.run, planted.hangs, deadline_s=60)
+        time.sleep(0.2)
+        begin = time.monotonic()
+        worker.close()
+        with pytest.raises(WorkerError, match="closed"):
+            running.result()
+    assert time.monotonic() - begin < 5
+
+
+def test_a_closed_worker_starts_nothing(planted):
+    worker = Worker(threads=1)
+    worker.close()
+    with pytest.raises(WorkerError, match="closed"):
+        worker.run(planted.fine, 0, deadline_s=60)
+    assert worker.pid is None

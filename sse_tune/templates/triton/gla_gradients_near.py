@@ -26,7 +26,7 @@ import triton.language as tl
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
-from sse_tune.templates.triton import common, gla_gates
+from sse_tune.templates.triton import common, gla_gates, gla_gradients
 from sse_tune.templates.triton.common import (
     chunk_entry,
     chunk_rows,
@@ -47,6 +47,7 @@ from sse_tune.templates.triton.gla_gates import (
     pair_factors,
     wide_operand,
 )
+from sse_tune.templates.triton.gla_gradients import norm_terms
 
 if TYPE_CHECKING:
     import torch
@@ -82,20 +83,6 @@ SPACE = Space(
                    lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
     ),
 )
-
-
-@triton.jit
-def norm_terms(b_dot, b_square, b_weight, NORM: tl.constexpr):
-    """The norm's part of the gradient of a row x with scale s: d_x = s (X - κ x); returns κ and the gradient of the
-    router weight. `b_dot` is X·x, `b_square` x·x. Never divides by the weight, which may be 0."""
-    if NORM == "none":
-        return 0.0 * b_dot, b_dot
-    elif NORM == "after":
-        b_rho = tl.rsqrt(b_square + 1e-6)
-        return b_rho * b_rho * b_dot, b_rho * b_dot
-    else:
-        b_rho = tl.rsqrt(b_weight * b_weight * b_square + 1e-6)
-        return (b_weight * b_rho) * (b_weight * b_rho) * b_dot, b_dot * 1e-6 * b_rho * b_rho * b_rho
 
 
 @triton.jit
@@ -267,5 +254,6 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 TEMPLATE = Template(
-    "triton", "gla_gradients_near", "gradients", ("gla",), SPACE, run, (__name__, common.MODULE, gla_gates.MODULE)
-)
+    "triton", "gla_gradients_near", "gradients", ("gla",), SPACE, run,
+    (__name__, common.MODULE, gla_gates.MODULE, gla_gradients.__name__),
+)  # fmt: skip

@@ -69,10 +69,10 @@ SPACE = Space(
 
 @triton.jit
 def gla_split_kernel(
-    x, y, perm, chunk_table, at_boundaries, first_state, last_state, M, n_sequences,
+    x, y, perm, chunk_table, at_boundaries, last_state, M, n_sequences,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
-    HAS_SHARED: tl.constexpr, HAS_FIRST: tl.constexpr, HAS_LAST: tl.constexpr, REVERSE: tl.constexpr,
-    PRECISION: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_LAST: tl.constexpr, REVERSE: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
@@ -146,7 +146,12 @@ def run(
     call.launch(
         gla_split_kernel,
         (call.sizes.chunks * problem.num_heads * tiles,),
-        dict(taken, chunk_table=tensors["chunk_table"], BK=block_k, BV=block_v),
+        dict(
+            **{name: value for name, value in taken.items() if name not in ("first_state", "HAS_FIRST")},
+            chunk_table=tensors["chunk_table"],
+            BK=block_k,
+            BV=block_v,
+        ),
         num_warps=int(call.config["num_warps"]),
         num_stages=1,
     )
