@@ -32,7 +32,8 @@ else
 VENV_FLAGS :=
 CONSTRAINTS := --constraint constraints-cpu.txt
 endif
-PIP := $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --prefer-binary $(CONSTRAINTS)
+# --no-compile: Python compiles what it imports; compiling all of torch and its kin first takes as long as the rest
+PIP := $(BIN)/python -m pip install --no-compile --quiet --quiet --disable-pip-version-check --prefer-binary $(CONSTRAINTS)
 
 help:
 	@sed -n 's/^#   //p' Makefile
