@@ -2,6 +2,7 @@
 
 import itertools
 import pathlib
+import signal
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="Triton's interpreter is off; run with TRITON_INTERPRET=1"))
         if item.get_closest_marker("gpu") and (interpreting or not torch.cuda.is_available()):
             item.add_marker(pytest.mark.skip(reason="needs a GPU, and Triton compiling"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """SIGINT as at a terminal: a shell without job control starts background jobs, CI among them, with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
