@@ -138,6 +138,8 @@ def _print(reports: list[SearchReport], db: str | None) -> None:
             out.print(f"the default was not admitted: {report.default_failure}", markup=False)
         elif report.is_default:
             out.print(f"{_title(report.problem)}: the default is the answer; none beat it by more than the noise")
+        if report.busy is not None:
+            out.print(f"{_title(report.problem)}: {report.busy.line()}", markup=False)
         if not report.stored:
             out.print(f"{_title(report.problem)}: the database has a faster answer and keeps that one")
     total = sum(report.trials for report in reports)

@@ -39,6 +39,7 @@ class Engine:
         self.recorder, self.problem = evaluator.recorder, evaluator.problem
         self.max_memory_bytes = max_memory_bytes
         self.over_memory: dict[Plan, int] = {}
+        self.compile_wait_s = 0.0  # with every worker idle, until what is next was compiled
         self._best: dict[object, float] = {}
         self._queue: list[tuple[Candidate, Pending]] = []
         self._theirs: dict[str, Candidate] = {}
@@ -81,7 +82,7 @@ class Engine:
         """One candidate, alone; what is known of it is not run again."""
         while (attempt := self.recorder.lookup(candidate)) is None:
             if self.recorder.claim(candidate):
-                attempt, resources = self.evaluator.refusal(candidate, self.compile(candidate))
+                attempt, resources = self._refusal(candidate, self.compile(candidate))
                 if attempt.outcome != "ok":
                     self.recorder.end(candidate, attempt, resources)
                     return attempt
@@ -122,7 +123,7 @@ class Engine:
         self._submit(strategy, candidate, compiled, told=True)
 
     def _submit(self, strategy: Strategy, candidate: Candidate, compiled: Pending, *, told: bool) -> None:
-        attempt, resources = self.evaluator.refusal(candidate, compiled)
+        attempt, resources = self._refusal(candidate, compiled)
         if attempt.outcome != "ok":
             self.recorder.end(candidate, attempt, resources)
             if told:
@@ -133,6 +134,12 @@ class Engine:
         ends = candidate.stage is not None or candidate.plan.graph == "whole"
         job = self.evaluator.job(candidate, _HOPELESS * best if ends and best is not None else None, best)
         self.lanes.submit(job, (candidate, resources, told))
+
+    def _refusal(self, candidate: Candidate, compiled: Pending) -> tuple[Attempt, dict[str, int]]:
+        begin = time.monotonic()
+        found = self.evaluator.refusal(candidate, compiled)
+        self.compile_wait_s += time.monotonic() - begin
+        return found
 
     def _end(
         self, strategy: Strategy | None, candidate: Candidate, result: JobResult, resources: dict[str, int]

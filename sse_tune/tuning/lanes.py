@@ -7,6 +7,7 @@ import queue
 from collections.abc import Sequence
 from typing import Any
 
+from sse_tune.tuning.busy import Stopwatch
 from sse_tune.tuning.evaluate import Job
 from sse_tune.tuning.worker import JobResult, Worker
 
@@ -21,6 +22,7 @@ class Lanes:
     def __init__(self, workers: Sequence[Worker]) -> None:
         self._workers = list(workers)
         self._free = list(workers)
+        self.stopwatch = Stopwatch(len(self._workers))
         self._threads = concurrent.futures.ThreadPoolExecutor(len(self._workers), thread_name_prefix="lane")
         self._running: dict[concurrent.futures.Future[JobResult], tuple[Worker, Any]] = {}
         # not `concurrent.futures.wait`: Ctrl-C there can leave locks behind that the threads need
@@ -40,7 +42,7 @@ class Lanes:
     def submit(self, job: Job, tag: Any) -> None:
         """Runs a job in a free worker; `wait` gives its answer with `tag`."""
         worker = self._free.pop(0)
-        future = self._threads.submit(worker.run, job.function, *job.arguments, deadline_s=job.deadline_s)
+        future = self._threads.submit(self._run, worker, job)
         self._running[future] = (worker, tag)
         future.add_done_callback(self._ended.put)
 
@@ -66,7 +68,7 @@ class Lanes:
     def run(self, job: Job) -> JobResult:
         """One job alone, in the first worker."""
         assert not self._running, "jobs that are timed against each other must not share the device"
-        return self._workers[0].run(job.function, *job.arguments, deadline_s=job.deadline_s)
+        return self._run(self._workers[0], job)
 
     def run_in_each(self, job: Job) -> list[JobResult]:
         """The same job in every worker, side by side."""
@@ -76,6 +78,11 @@ class Lanes:
         while self.busy:
             answers |= dict(self.wait(None))
         return [answers[number] for number in range(len(self._workers))]
+
+    def _run(self, worker: Worker, job: Job) -> JobResult:
+        result = worker.run(job.function, *job.arguments, deadline_s=job.deadline_s)
+        self.stopwatch.ran(result.wall_s)
+        return result
 
     def close(self) -> None:
         """Ends the workers, and so the jobs that they run."""

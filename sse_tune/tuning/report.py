@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from sse_tune.device import Device
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
+from sse_tune.tuning.busy import Busy
 from sse_tune.tuning.measure import Timing
 
 
@@ -63,6 +64,7 @@ class SearchReport:
         frontier: plans that none beats in both time and memory, fastest first; empty where memory is not known.
         over_memory: how many plans were left out for needing more memory than allowed.
         default_failure: why the default was not admitted.
+        busy: which share of the time the device was measuring.
     """
 
     problem: Problem
@@ -82,6 +84,7 @@ class SearchReport:
     ties: int = 0
     frontier: tuple[FrontierPlan, ...] = ()
     over_memory: int = 0
+    busy: Busy | None = None
 
     @property
     def default_time_us(self) -> float | None:
@@ -117,6 +120,8 @@ class SearchReport:
             lines.insert(3, f"speed-up {self.speedup:.2f}x{remark}")
         else:
             lines.insert(1, f"default  not admitted: {self.default_failure}")
+        if self.busy is not None:
+            lines.append(f"busy     {self.busy.line()}")
         if self.ties:
             lines.append(f"ties     {self.ties} plans that the noise cannot tell from the best")
         lines += [
@@ -147,6 +152,7 @@ class SearchReport:
             "ties": self.ties,
             "frontier": [dataclasses.asdict(one) for one in self.frontier],
             "over_memory": self.over_memory,
+            "busy": None if self.busy is None else self.busy.to_dict(),
         }
 
 

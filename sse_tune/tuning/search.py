@@ -163,6 +163,7 @@ def _report(
 ) -> SearchReport:
     problem, device, recorder = engine.problem, engine.evaluator.device, engine.recorder
     best, timing, base = verdict.plan, verdict.timing, verdict.default
+    busy = engine.lanes.stopwatch.busy(engine.compile_wait_s)
     answer = Answer(
         bucket=problem.bucket.name,
         device=device.slug,
@@ -180,7 +181,7 @@ def _report(
         how={
             "study": recorder.study, "trials": sum(recorder.outcomes.values()), "budget_s": recorder.budget_s,
             "sampler": sampler, "seed": _SEED, "backends": list(backends), "wall_s": round(recorder.elapsed_s, 1),
-            "ties": [plan.key for plan in verdict.ties], "neighbours": verdict.neighbours,
+            "ties": [plan.key for plan in verdict.ties], "neighbours": verdict.neighbours, "busy": busy.to_dict(),
         },
     )  # fmt: skip
     recorder.report("done", 1, 1)
@@ -207,4 +208,5 @@ def _report(
         ties=len(verdict.ties),
         frontier=frontier(timed),
         over_memory=len(engine.over_memory),
+        busy=busy,
     )

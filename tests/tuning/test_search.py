@@ -48,6 +48,9 @@ def test_search_ends_with_an_admitted_answer(small, database, cpu):
     assert seen[0][0] == "admitting the default"
     assert seen[-1][0] == "done"
     assert any("speed-up" in line for line in report.lines())
+    assert 0 < report.busy.share <= 1
+    assert answer.how["busy"] == report.to_dict()["busy"] == report.busy.to_dict()
+    assert any(report.busy.line() in line for line in report.lines())
 
 
 def test_interrupted_search_keeps_its_trials_and_resumes(small, database):
