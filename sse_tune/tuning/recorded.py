@@ -6,14 +6,14 @@ measured. Answers may be blurred by noise, seeded.
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
 import random
 from collections.abc import Hashable
 
 from sse_tune.device import ARCHS, Device
 from sse_tune.errors import ConstraintError
-from sse_tune.plan import Plan
+from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.stages import GRAPHS, stage_contract
@@ -40,6 +40,7 @@ class Recorded:
         self.graph = "whole" if sweep.spaces[0].stage == "whole" else "staged"
         self.noise, self._random = noise, random.Random(seed)
         self._contracts: dict[tuple[str, Config], Hashable] = {}
+        self._choices: dict[tuple[str, Hashable], tuple[StageChoice, ...]] = {}
         self._spaces: dict[_Key, RecordedSpace] = {}
         for space in sweep.spaces:
             self._spaces[self._key(space.stage, space.backend, space.template, space.outer)] = space
@@ -89,13 +90,32 @@ class Recorded:
         """Of the fastest plan there is."""
         return min(
             sum(
-                min(row.time_us for space in self._at(stage, outer) for row in space.rows.values() if row.time_us)
+                min(
+                    (row.time_us for space in self._at(stage, outer) for row in space.rows.values() if row.time_us),
+                    default=math.inf,
+                )
                 for stage in self.stages
             )
             for outer in self.outers
         )
 
+    def has(self, stage: str, outer: Config, choice: StageChoice) -> bool:
+        """Whether a choice passes the constraints, and so was recorded."""
+        return self._row(stage, choice.backend, choice.template, outer, choice.config) is not None
+
+    def choices(self, stage: str, outer: Config) -> tuple[StageChoice, ...]:
+        """All that can be chosen for a stage, of every template."""
+        key = (stage, self.contract(stage, outer))
+        if key not in self._choices:
+            self._choices[key] = tuple(space.choice(c) for space in self._at(stage, outer) for c in space.rows)
+        return self._choices[key]
+
     @property
+    def configs(self) -> int:
+        """How many configs there are, each stage by itself and once for each contract."""
+        return sum(len(space.rows) for space in self._spaces.values())
+
+    @functools.cached_property
     def plans(self) -> int:
         """How many whole plans there are."""
         return sum(
@@ -119,14 +139,17 @@ class Recorded:
         slots = []
         shared = {param.name for param in GRAPHS[self.graph].params}
         of_stage = [space for space in self._spaces.values() if space.stage == stage]
-        for (backend, template), group in itertools.groupby(of_stage, lambda space: (space.backend, space.template)):
-            first = next(group)
+        firsts: dict[tuple[str, str], RecordedSpace] = {}
+        for space in of_stage:
+            firsts.setdefault((space.backend, space.template), space)
+        for first in firsts.values():
+
             def recorded(
                 p: Problem,
                 joint: Config,
                 d: Device,
-                backend: str = backend,
-                template: str = template,
+                backend: str = first.backend,
+                template: str = first.template,
                 names: tuple[str, ...] = tuple(param.name for param in first.params),
             ) -> bool:
                 outer = Config({name: value for name, value in joint.items() if name in shared})
@@ -134,5 +157,5 @@ class Recorded:
                 return self._row(stage, backend, template, outer, own) is not None
 
             params = tuple(Param(param.name, param.values, param.default, param.name) for param in first.params)
-            slots.append(Slot(backend, template, Space(params, (Constraint(_RECORDED, recorded),))))
+            slots.append(Slot(first.backend, first.template, Space(params, (Constraint(_RECORDED, recorded),))))
         return tuple(slots)

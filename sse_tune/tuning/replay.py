@@ -1,28 +1,35 @@
 """Search strategies compared on a recorded sweep, with no GPU: evaluations until within 3 % of the exhaustive best.
 
     python -m sse_tune.tuning.replay FILE [--seeds 20] [--noise 0.02] [--evaluations 400] [--strategies ours,tpe]
+                                     [--plot FILE.png] [--processes 2]
 
 One evaluation is one measurement, of a stage or of a whole plan. After each, a strategy is judged by the exact time of
 the plan it would answer with: of those it measured whole or could put together of the stages it measured, the one it
 believes to be the fastest. What counts is the evaluation from which on that plan stays within reach. All strategies
-begin with the default.
+begin with the default. A stage may have several templates; the table is in Markdown.
 """
 
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
+import itertools
 import json
+import multiprocessing
+import os
 import pathlib
 import statistics
 import sys
 from collections.abc import Sequence
 
+from sse_tune.bench.plot import require_matplotlib
 from sse_tune.errors import SearchError, SSETuneError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.tuning.candidates import Candidate, Settings
 from sse_tune.tuning.joint import Joint
 from sse_tune.tuning.recorded import Recorded
+from sse_tune.tuning.regret import draw
 from sse_tune.tuning.samplers import check_sampler
 from sse_tune.tuning.strategy import Decomposed, Proposer, WholePlans
 from sse_tune.tuning.sweep_file import Sweep, read_sweep
@@ -40,11 +47,13 @@ class Result:
         evaluations: until within `WITHIN` of the best, by seed; None: not within the evaluations there were.
         ratios: of the answer's exact time to the best, when the evaluations were used or, without noise, once within
             reach; by seed.
+        curves: of each run the ratio after every evaluation, infinite before a plan was admitted.
     """
 
     strategy: str
     evaluations: tuple[int | None, ...]
     ratios: tuple[float, ...]
+    curves: tuple[tuple[float, ...], ...] = dataclasses.field(default=(), repr=False)
 
     @property
     def median(self) -> float | None:
@@ -54,7 +63,8 @@ class Result:
         return None if middle == float("inf") else middle
 
     def to_dict(self) -> dict[str, object]:
-        return {**dataclasses.asdict(self), "median": self.median}
+        found = {**dataclasses.asdict(self), "median": self.median}
+        return {name: value for name, value in found.items() if name != "curves"}
 
 
 class Incumbent:
@@ -63,6 +73,7 @@ class Incumbent:
     def __init__(self, recorded: Recorded) -> None:
         self.recorded = recorded
         self._plans: dict[Plan, float] = {}
+        self._best: tuple[float, Plan] | None = None
         self._stages: dict[tuple[str, object], dict[StageChoice, float]] = {}
 
     def saw(self, candidate: Candidate, time_us: float | None) -> None:
@@ -70,15 +81,23 @@ class Incumbent:
             return
         if candidate.stage is None:
             self._plans[candidate.plan] = time_us
+            self._offer(candidate.plan)
             return
         contract = self.recorded.contract(candidate.stage, candidate.plan.outer)
         times = self._stages.setdefault((candidate.stage, contract), {})
         times[candidate.plan.stages[candidate.stage]] = time_us
+        self._best = None
+        for plan in self._plans:
+            self._offer(plan)
 
     def plan(self) -> Plan | None:
         """None: nothing was admitted yet."""
-        believed = [self._improved(plan, time_us) for plan, time_us in self._plans.items()]
-        return min(believed, key=lambda pair: pair[1])[0] if believed else None
+        return None if self._best is None else self._best[1]
+
+    def _offer(self, plan: Plan) -> None:
+        improved, time_us = self._improved(plan, self._plans[plan])
+        if self._best is None or time_us < self._best[0]:
+            self._best = time_us, improved
 
     def _improved(self, plan: Plan, time_us: float) -> tuple[Plan, float]:
         """A measured plan with the stages that were measured to be faster than its own."""
@@ -91,7 +110,14 @@ class Incumbent:
 
 
 def compare(
-    sweep: Sweep, strategies: Sequence[str] = STRATEGIES, *, seeds: int = 20, evaluations: int = 400, noise: float = 0.0
+    sweep: Sweep,
+    strategies: Sequence[str] = STRATEGIES,
+    *,
+    seeds: int = 20,
+    evaluations: int = 400,
+    noise: float = 0.0,
+    to_end: bool = False,
+    processes: int = 1,
 ) -> list[Result]:
     """Runs strategies on a sweep.
 
@@ -101,6 +127,8 @@ def compare(
         seeds: how many runs of each; every one has its own samplers and noise.
         evaluations: at most, of a run.
         noise: see `Recorded`.
+        to_end: go on once within reach, for the curves; else a run without noise ends there.
+        processes: side by side; the results are the same.
 
     Raises:
         SearchError: a strategy is not known, or its packages are missing.
@@ -109,36 +137,48 @@ def compare(
         if name not in STRATEGIES:
             raise SearchError("the strategy must be known", repr(name), f"choose of {', '.join(STRATEGIES)}")
         check_sampler("exhaustive" if name in ("ours", "exhaustive") else name)
+    wanted = [(name, seed) for name in strategies if name != "exhaustive" for seed in range(seeds)]
+    arguments = [(sweep, name, seed, evaluations, noise, to_end) for name, seed in wanted]
+    if processes > 1 and len(wanted) > 1:
+        spawned = multiprocessing.get_context("spawn")  # a fork would copy the threads' locks without the threads
+        with concurrent.futures.ProcessPoolExecutor(processes, spawned) as pool:
+            made = list(pool.map(_run, *zip(*arguments)))
+    else:
+        made = list(itertools.starmap(_run, arguments))
+    runs = dict(zip(wanted, made))
     found = []
     for name in strategies:
         if name == "exhaustive":
             # whoever tries everything knows the best at the end, and not before
-            exact = Recorded(sweep)
-            found.append(Result(name, (exact.plans,) * seeds, (1.0,) * seeds))
+            found.append(Result(name, (Recorded(sweep).plans,) * seeds, (1.0,) * seeds))
             continue
-        runs = [_run(name, Recorded(sweep, noise, seed), seed, evaluations) for seed in range(seeds)]
-        found.append(Result(name, tuple(count for count, _ in runs), tuple(ratio for _, ratio in runs)))
+        reached = tuple(runs[name, seed][0] for seed in range(seeds))
+        curves = tuple(runs[name, seed][1] for seed in range(seeds))
+        found.append(Result(name, reached, tuple(curve[-1] for curve in curves), curves))
     return found
 
 
-def _run(name: str, recorded: Recorded, seed: int, evaluations: int) -> tuple[int | None, float]:
+def _run(
+    sweep: Sweep, name: str, seed: int, evaluations: int, noise: float, to_end: bool
+) -> tuple[int | None, tuple[float, ...]]:
+    """From which evaluation on it was within reach, and the ratio after each."""
+    recorded = Recorded(sweep, noise, seed)
     strategy, best_us, incumbent = _strategy(name, recorded, seed, evaluations), recorded.best_us(), Incumbent(recorded)
-    reached, ratio, made = None, float("inf"), 0
-    while made < evaluations and (candidate := strategy.ask()) is not None:
+    reached, ratios = None, [float("inf")]
+    while len(ratios) <= evaluations and (candidate := strategy.ask()) is not None:
         time_us = recorded.answer_us(candidate)
         strategy.tell(candidate, time_us)
         incumbent.saw(candidate, time_us)
-        made += 1
         plan = incumbent.plan()
         exact = None if plan is None else recorded.exact_us(plan)
-        ratio = float("inf") if exact is None else exact / best_us
-        if ratio > WITHIN:
+        ratios.append(float("inf") if exact is None else exact / best_us)
+        if ratios[-1] > WITHIN:
             reached = None  # it was believed to be there, and is led away again
         elif reached is None:
-            reached = made
-            if recorded.noise == 0.0:
+            reached = len(ratios) - 1
+            if recorded.noise == 0.0 and not to_end:
                 break  # what is believed is exact, and can only become better
-    return reached, ratio
+    return reached, tuple(ratios[1:] or ratios)
 
 
 def _strategy(name: str, recorded: Recorded, seed: int, evaluations: int) -> Proposer:
@@ -146,6 +186,21 @@ def _strategy(name: str, recorded: Recorded, seed: int, evaluations: int) -> Pro
         return Joint(recorded, name, seed)
     settings = Settings(sampler="tpe", seed=seed, max_points=len(recorded.outers))
     return WholePlans(recorded, settings) if recorded.graph == "whole" else Decomposed(recorded, settings)
+
+
+def table(results: Sequence[Result], configs: int) -> list[str]:
+    """In Markdown: evaluations until within `WITHIN`, and the median as a share of all configs."""
+    headings = ("strategy", "median", f"of {configs} configs", "least", "most", "reached", "worst ratio")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for result in results:
+        counts = [count for count in result.evaluations if count is not None]
+        median = "-" if result.median is None else f"{result.median:g}"
+        share = "-" if result.median is None else f"{result.median / configs:.1%}"
+        least, most = (min(counts), max(counts)) if counts else ("-", "-")
+        reached = f"{len(counts)} of {len(result.evaluations)}"
+        shown = (result.strategy, median, share, least, most, reached, f"{max(result.ratios):.3f}")
+        lines.append(f"| {' | '.join(map(str, shown))} |")
+    return lines
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -156,27 +211,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--evaluations", type=int, default=400, help="at most, of a run")
     parser.add_argument("--noise", type=float, default=0.0, help="0.02: each answer is blurred by about 2 %%")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
+    parser.add_argument("--plot", type=pathlib.Path, help="a picture to draw, ratio against evaluations")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     given = parser.parse_args(arguments)
     try:
+        if given.plot is not None:
+            require_matplotlib()
         sweep = read_sweep(given.file)
         results = compare(
-            sweep, given.strategies.split(","), seeds=given.seeds, evaluations=given.evaluations, noise=given.noise
-        )
+            sweep, given.strategies.split(","), seeds=given.seeds, evaluations=given.evaluations, noise=given.noise,
+            to_end=given.plot is not None, processes=given.processes,
+        )  # fmt: skip
     except SSETuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     recorded = Recorded(sweep)
-    print(f"{sweep.problem.bucket.name} on {sweep.device}: {recorded.plans} plans of {', '.join(recorded.stages)}")
-    print(f"evaluations until within {WITHIN} of {recorded.best_us():.1f} us, over {given.seeds} seeds")
-    print(f"{'strategy':12}{'median':>10}{'least':>10}{'most':>10}{'reached':>9}{'worst ratio':>13}")
-    for result in results:
-        counts = [count for count in result.evaluations if count is not None]
-        median = "-" if result.median is None else f"{result.median:.0f}"
-        least, most = (str(min(counts)), str(max(counts))) if counts else ("-", "-")
-        print(
-            f"{result.strategy:12}{median:>10}{least:>10}{most:>10}{len(counts):>6}/{given.seeds:<2}"
-            f"{max(result.ratios):>13.3f}"
-        )
+    title = f"{sweep.problem.bucket.name} on {sweep.device}"
+    print(f"{title}: {recorded.plans} plans of {', '.join(recorded.stages)}\n")
+    print(f"Evaluations until within {WITHIN} of {recorded.best_us():.1f} us, over {given.seeds} seeds:\n")
+    print("\n".join(table(results, recorded.configs)) + "\n")
+    if given.plot is not None:
+        draw({result.strategy: result.curves for result in results}, WITHIN, given.plot, title)
     print(json.dumps({"file": given.file.name, "noise": given.noise, "results": [one.to_dict() for one in results]}))
     return 0
 

@@ -1,5 +1,9 @@
 """A sweep that nobody measured: times of three stages made of declared factors, for the logic of several stages."""
 
+import itertools
+import math
+import random
+
 from sse_tune.device import ARCHS
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Param
@@ -49,9 +53,57 @@ def space_of(stage, outer):
     return RecordedSpace(stage, "triton", f"gdn_{stage}", outer, PARAMS, rows)
 
 
-def sweep():
-    """Each stage at each contract once, as `sse-tune sweep` records them."""
-    spaces = [space_of(stage, outer) for stage in BASE_US for outer in OUTERS
+OTHER_PARAMS = (Param("tile", (16, 32, 64), 16, "rows"), Param("warps", (4, 8), 4, "warps"))
+
+
+def other_space_of(stage, outer):
+    """A second template, with parameters of its own and a best config that is 10 % faster than the first one's."""
+    best = min(row.time_us for row in space_of(stage, outer).rows.values() if row.time_us)
+    rows = {}
+    for tile in OTHER_PARAMS[0].values:
+        for warps in OTHER_PARAMS[1].values:
+            time = 0.9 * best * {16: 1.5, 32: 1.0, 64: 1.2}[tile] * (1.1 if warps == 4 else 1.0)
+            rows[Config(tile=tile, warps=warps)] = Row("ok", None, (round(time, 2),) * 3)
+    return RecordedSpace(stage, "tilelang", f"gdn_{stage}", outer, OTHER_PARAMS, rows)
+
+
+MORE_PARAMS = (
+    *PARAMS,
+    Param("unroll", (1, 2, 4, 8, 16), 1, "rounds"),
+    Param("order", ("rows", "columns", "tiles", "snake"), "rows", "of blocks"),
+)
+
+
+def large_space_of(stage, outer):
+    """960 configs whose factors do not add up: pairs of parameters have something to do with each other, and every
+    config is a little off what its parameters say."""
+    draw = random.Random(f"{stage} {outer['chunk_size']} {stage == 'gradients' and outer['state_dtype']}")
+    of_stage = random.Random(stage)
+    factors = {p.name: [1 + 0.5 * of_stage.random() ** 2 for _ in p.values] for p in MORE_PARAMS}
+    pairs = {
+        (a.name, b.name): [[1 + 0.15 * of_stage.random() for _ in b.values] for _ in a.values]
+        for a, b in itertools.combinations(MORE_PARAMS, 2)
+    }
+    rows = {}
+    for places in itertools.product(*(range(len(p.values)) for p in MORE_PARAMS)):
+        at = dict(zip((p.name for p in MORE_PARAMS), places))
+        config = Config({p.name: p.values[at[p.name]] for p in MORE_PARAMS})
+        time = BASE_US[stage] * (1.2 if outer["chunk_size"] == 32 else 1.0)
+        time *= 1.3 if stage == "gradients" and outer["state_dtype"] == "fp32" else 1.0
+        time *= math.prod(factors[name][place] for name, place in at.items())
+        time *= math.prod(table[at[a]][at[b]] for (a, b), table in pairs.items()) * draw.uniform(0.98, 1.02)
+        ok = compiles(config)
+        rows[config] = Row("ok", None, (round(time, 2),)) if ok else Row("compile_error", "too large", ())
+    return RecordedSpace(stage, "triton", f"gdn_{stage}", outer, MORE_PARAMS, rows)
+
+
+def sweep(spaces_of=(space_of,)):
+    """Each stage at each contract once, as `sse-tune sweep` records them.
+
+    Args:
+        spaces_of: (stage, outer) -> space: the templates.
+    """
+    spaces = [space_of(stage, outer) for stage in BASE_US for outer in OUTERS for space_of in spaces_of
               if stage == "gradients" or outer["state_dtype"] == "io"]  # fmt: skip
     return Sweep(
         problem=PROBLEM, device="synthetic", arch="sm_90", toolchain={"triton": "0"}, sources={"triton:gdn_scan": "0"},

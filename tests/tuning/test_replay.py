@@ -3,15 +3,18 @@
 import gzip
 import json
 import pathlib
+import re
 
 import pytest
 
 from sse_tune.errors import ExchangeError, SearchError
 from sse_tune.tuning.candidates import Candidate
+from sse_tune.tuning.joint import Joint
 from sse_tune.tuning.recorded import Recorded
-from sse_tune.tuning.replay import compare, main
+from sse_tune.tuning.regret import medians
+from sse_tune.tuning.replay import compare, main, table
 from sse_tune.tuning.sweep_file import read_sweep, write_sweep
-from tests.tuning.synthetic import OUTERS, sweep
+from tests.tuning.synthetic import OUTERS, other_space_of, space_of, sweep
 
 FILES = sorted((pathlib.Path(__file__).parents[1] / "data").glob("*.json.gz"))
 
@@ -141,6 +144,84 @@ def test_gp_on_the_joint_space():
     assert found.ratios[0] < Recorded(sweep()).exact_us(Recorded(sweep()).base(None)) / Recorded(sweep()).best_us()
 
 
+@pytest.fixture(scope="module")
+def two_templates():
+    return sweep((space_of, other_space_of))
+
+
+def test_several_templates_of_a_stage(two_templates, tmp_path):
+    recorded = Recorded(two_templates)
+    assert [slot.backend for slot in recorded.slots("scan")] == ["triton", "tilelang"]
+    assert recorded.plans == 4 * (48 + 6) ** 3
+    assert recorded.configs == 8 * (48 + 6)
+    assert recorded.best_us() == pytest.approx(0.9 * Recorded(sweep()).best_us(), rel=1e-3)
+    write_sweep(two_templates, tmp_path / "two.json.gz")
+    assert Recorded(read_sweep(tmp_path / "two.json.gz")).plans == recorded.plans
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe"])
+def test_joint_proposals_choose_among_templates(two_templates, sampler):
+    recorded = Recorded(two_templates)
+    joint, chosen = Joint(recorded, sampler, 0), set()
+    for _ in range(60):
+        candidate = joint.ask()
+        for stage, choice in candidate.plan.stages.items():
+            assert recorded.has(stage, candidate.plan.outer, choice)
+            chosen.add((stage, choice.backend))
+        joint.tell(candidate, recorded.answer_us(candidate))
+    assert len(chosen) == 6
+    joint.tell(Candidate("plan", joint._any_plan()), 100.0)  # what nobody proposed is told all the same
+
+
+def test_the_better_template_is_found(two_templates):
+    ours, random = compare(two_templates, ("ours", "random"), seeds=3, evaluations=200)
+    assert max(ours.ratios) <= 1.03 < min(random.ratios)
+
+
+def test_processes_change_nothing(two_templates):
+    alone = compare(two_templates, ("ours", "random"), seeds=2, evaluations=40, noise=0.01)
+    assert compare(two_templates, ("ours", "random"), seeds=2, evaluations=40, noise=0.01, processes=2) == alone
+
+
+def test_the_table_is_markdown():
+    results = compare(sweep(), ("ours", "random", "exhaustive"), seeds=2, evaluations=40)
+    head, line, ours, random, exhaustive = table(results, 384)
+    assert head.startswith("| strategy | median | of 384 configs |")
+    assert line == "|---|---|---|---|---|---|---|"
+    assert re.fullmatch(r"\| ours \| \d+(\.5)? \| \d+\.\d% \| \d+ \| \d+ \| 2 of 2 \| 1\.0\d\d \|", ours)
+    assert random.startswith("| random | - | - | - | - | 0 of 2 | 1.")
+    assert "| 2 of 2 | 1.000 |" in exhaustive
+
+
+def test_medians_over_seeds():
+    inf = float("inf")
+    curves = [(inf, 1.5, 1.2), (1.4,), (inf, inf, 1.3, 1.1)]
+    assert medians(curves) == [(2, 1.5), (3, 1.3), (4, 1.2)]
+    assert medians(()) == []
+
+
+def test_curves_go_on_to_the_end():
+    short, long = (compare(sweep(), ("ours",), seeds=1, to_end=to_end)[0] for to_end in (False, True))
+    assert short.evaluations == long.evaluations
+    assert short.curves[0] == long.curves[0][: short.evaluations[0]]
+    assert long.curves[0][-1] <= short.curves[0][-1]
+
+
+def test_a_plot(file, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="a plot needs matplotlib")
+    picture = tmp_path / "regret.png"
+    given = [str(file), "--seeds", "2", "--evaluations", "30", "--processes", "1", "--plot", str(picture)]
+    assert main([*given, "--strategies", "ours,random,exhaustive"]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "| ours |" in capsys.readouterr().out
+
+
+def test_a_plot_without_matplotlib(file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main([str(file), "--plot", str(tmp_path / "regret.png")]) == 2
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
 def test_unknown_strategy():
     with pytest.raises(SearchError, match="strategy must be known, but got 'best'"):
         compare(sweep(), ("best",))
@@ -151,7 +232,8 @@ def test_recordings_replay(path, capsys):
     assert path.stat().st_size <= 2 * 2**20
     recorded = read_sweep(path)
     assert str(recorded.how["command"]).startswith("sse-tune sweep")
-    assert main([str(path), "--seeds", "2", "--strategies", "ours,random", "--evaluations", "60"]) == 0
+    given = ["--seeds", "2", "--strategies", "ours,random", "--evaluations", "60", "--processes", "1"]
+    assert main([str(path), *given]) == 0
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     ours, random = last["results"]
     assert all(count is not None for count in (*ours["evaluations"], *random["evaluations"]))
