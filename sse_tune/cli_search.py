@@ -137,11 +137,11 @@ def _print(reports: list[SearchReport], db: str | None) -> None:
             shown_ratio(report.default_time_us, report.best_time_us), f"{report.error:.1e} ({worst})",
             ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.outcomes.items())),
         )  # fmt: skip
-        for one in report.entries if len(report.entries) > 1 else ():
-            before = None if one.default is None else one.default.median_us
+        for entry in report.entries if len(report.entries) > 1 else ():
+            before = None if entry.default is None else entry.default.median_us
             table.add_row(
-                f"  {100 * one.share:.3g} %: {one.title}", shown_time(before), shown_time(one.best.median_us),
-                shown_ratio(before, one.best.median_us), "", "" if one.stored else "not stored",
+                f"  {100 * entry.share:.3g} %: {entry.title}", shown_time(before), shown_time(entry.best.median_us),
+                shown_ratio(before, entry.best.median_us), "", "" if entry.stored else "not stored",
             )  # fmt: skip
     out.print(table)
     for report in reports:
@@ -161,7 +161,7 @@ def _print(reports: list[SearchReport], db: str | None) -> None:
         if not report.stored:
             kept = "the database has a faster answer and keeps that one"
             if len(report.entries) > 1:
-                kept = "for entries that are not stored the database has a faster answer, or would be slower with this one"
+                kept = "it is not stored where the database has a faster answer or it is slower than what would run"
             out.print(f"{_title(report.problem)}: {kept}")
     total = sum(report.trials for report in reports)
     out.print(f"All {total} trials are in {_where(db)}; see `sse-tune show --trials`.", markup=False, soft_wrap=True)

@@ -16,11 +16,13 @@ from sse_tune.database.exchange import parse_json
 from sse_tune.database.fields import canonical, digest
 from sse_tune.errors import ExchangeError, ProblemError, WorkloadError
 from sse_tune.problem import Problem
+from sse_tune.runtime.arguments import pose
 from sse_tune.space import Config, Constraint, Space
 from sse_tune.tuning.cases import QUICK, case_problem
 
 FORMAT = 1
 _FIELDS = {"weight", "seq_len", "batch", "lengths", "occupancy"}
+_HUGE = 1e300
 _SEE = "correct the file; docs/search.md describes it"
 _ONE_LENGTH = {"seq_len": 1, "batch": 1, "num_sequences": None}
 
@@ -62,10 +64,10 @@ class Entry:
             return
         if not isinstance(occupancy, tuple) or not all(_is_number(share) and share >= 0 for share in occupancy):
             raise WorkloadError("`occupancy` must be numbers, 0 or more", _shown(occupancy), "count tokens")
-        if len(occupancy) != problem.num_partitions or not 0 < math.fsum(occupancy) < math.inf:
+        if len(occupancy) != problem.num_partitions or not any(occupancy):
             raise WorkloadError(
                 "`occupancy` must have a number for each of the N partitions, not all 0",
-                f"{len(occupancy)} numbers of sum {math.fsum(occupancy):g}, N={problem.num_partitions}",
+                f"{len(occupancy)} numbers, N={problem.num_partitions}",
                 "record it with the model that is tuned, or leave it out",
             )
         object.__setattr__(self, "occupancy", _shares(occupancy))
@@ -231,7 +233,7 @@ def _entry(number: int, fields: object, problem: Problem) -> Entry:
         if occupancy is not None and not isinstance(occupancy, list):
             raise WorkloadError("`occupancy` must be a list of numbers", _shown(occupancy))
         return Entry(
-            problem=problem.replace(**shape), weight=fields["weight"],
+            problem=pose(tuple(problem.replace(**shape).to_dict().items())), weight=fields["weight"],
             lengths=None if lengths is None else tuple(lengths),
             occupancy=None if occupancy is None else tuple(occupancy),
         )  # fmt: skip
@@ -246,7 +248,7 @@ def _shares(counts: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _HUGE
 
 
 def _shown(value: object) -> str:
