@@ -110,9 +110,8 @@ class Finals:
         always = [plan for plan in self._always if self._time_of(plan)]
         timed = [(time_us, plan) for plan in dict.fromkeys(found) if plan not in always
                  and (time_us := self._time_of(plan)) is not None]  # fmt: skip
-        fastest_us = min((time_us for time_us, _ in timed), default=0.0)
         timed.sort(key=lambda pair: (self._seems_slower(pair[1]), pair[0]))
-        return always + [plan for time_us, plan in timed[:_FINALISTS] if time_us <= _CLOSE * fastest_us]
+        return always + [plan for time_us, plan in timed[:_FINALISTS] if time_us <= _CLOSE * timed[0][0]]
 
     def _seems_slower(self, plan: Plan) -> bool:
         """Whether the trials say that some entry is slower with a plan than with what would run there without it."""
