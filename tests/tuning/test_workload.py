@@ -301,6 +301,35 @@ def test_a_plan_is_timed_on_every_entry_and_needs_the_most_memory_of_any(small, 
     assert [len(times) for times in confirmed.entries_us] == [10, 10]
 
 
+def test_a_stage_is_timed_on_the_buffers_of_every_entry(small, cpu, monkeypatch):
+    load, ran = of(small, {"weight": 3, "seq_len": 64}, {"weight": 1, "seq_len": 32}), []
+
+    class Running:
+        def __init__(self, plan, problem, inputs, *, scale, keep):
+            assert keep and len(inputs.q) == problem.seq_len
+            self.plan, self.problem = plan, problem
+
+        def forward(self):
+            ran.append((self.plan, self.problem.seq_len, "forward"))
+
+        def backward(self, do):
+            ran.append((self.plan, len(do), "backward"))
+
+        def run_stage(self, stage, choice):
+            return float(self.problem.seq_len) if (stage, choice) == ("whole", plan.stages["whole"]) else 0.0
+
+    monkeypatch.setattr(jobs, "check", lambda *arguments: Attempt("ok", None, (), {"o": 0.1}))
+    monkeypatch.setattr(jobs, "Execution", Running)
+    monkeypatch.setattr("sse_tune.tuning.measure._CpuSampler", lambda: lambda call: call())
+    jobs._running.cache_clear()
+    base = default_plan(small, cpu)
+    plan = varied(base, chunk_size=16)
+    attempt = jobs.check_and_time_stage(plan, base, "whole", load, cpu, 1.0)
+    assert (attempt.entries_us, attempt.timings_us) == (((64.0,) * 5, (32.0,) * 5), (56.0,) * 5)
+    assert ran == [(base, tokens, way) for tokens in (64, 32) for way in ("forward", "backward")]
+    jobs._running.cache_clear()
+
+
 # who wins
 
 
