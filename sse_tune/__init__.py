@@ -26,17 +26,20 @@ if TYPE_CHECKING:
         SearchError,
         SSETuneError,
         WorkerError,
+        WorkloadError,
     )
     from sse_tune.plan import Plan
     from sse_tune.problem import Problem
     from sse_tune.runtime.kernel import Kernel, load_best
     from sse_tune.runtime.ops import load_balance_loss, sse_attention
     from sse_tune.tuning.search import search
+    from sse_tune.tuning.workload import Workload
 
 __all__ = [
     "AdmissionError", "CompileError", "ConstraintError", "DatabaseError", "Device", "DeviceError", "ExchangeError",
     "Kernel", "Plan", "PlanError", "Problem", "ProblemError", "SSETuneError", "SearchError", "TuningDatabase",
-    "WorkerError", "__version__", "layers", "load_balance_loss", "load_best", "search", "sse_attention",
+    "WorkerError", "Workload", "WorkloadError", "__version__", "layers", "load_balance_loss", "load_best", "search",
+    "sse_attention",
 ]  # fmt: skip
 
 # public name -> the module it is in
@@ -46,6 +49,7 @@ _HOMES = {
     "Plan": "sse_tune.plan",
     "Problem": "sse_tune.problem",
     "TuningDatabase": "sse_tune.database.store",
+    "Workload": "sse_tune.tuning.workload",
     "load_balance_loss": "sse_tune.runtime.ops",
     "load_best": "sse_tune.runtime.kernel",
     "search": "sse_tune.tuning.search",

@@ -90,7 +90,8 @@ def _problems(choice: ProblemChoice, kind: str, counts: str | None) -> list[Prob
 
 def _plot_axis(path: pathlib.Path, problems: Sequence[Problem]) -> str:
     """What --plot can draw, known before anything is measured."""
-    from sse_tune.bench.plot import axis_of, require_matplotlib
+    from sse_tune.bench.plot import axis_of
+    from sse_tune.tuning.regret import require_matplotlib
 
     require_matplotlib()
     axis = axis_of(problems)

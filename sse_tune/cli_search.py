@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pathlib
 import shlex
 import sys
 import time
@@ -18,6 +19,7 @@ from sse_tune.cli_common import (
     DbOption,
     JsonOption,
     ProblemChoice,
+    UsageError,
     console,
     default_preset,
     devices,
@@ -56,6 +58,9 @@ def search(
     max_memory: Annotated[
         str | None, typer.Option(help="Leave out plans that need more above their inputs: 2G, 800M.")
     ] = None,
+    workload: Annotated[
+        pathlib.Path | None, typer.Option(help="Tune for all shapes of a recorded histogram; see docs/search.md.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the trials that are there.")] = False,
     db: DbOption = None,
     device: Annotated[
@@ -67,15 +72,22 @@ def search(
     from sse_tune.templates.registry import BACKENDS
     from sse_tune.tuning.report import SearchInterrupted
     from sse_tune.tuning.search import search as run_search
+    from sse_tune.tuning.workload import Workload
 
     kind = kind_of(device)
+    lengths = {"--seq-len": choice.seq_len, "--batch": choice.batch, "--sequences": choice.sequences}
+    given_lengths = [name for name, value in lengths.items() if value is not None]
+    if workload is not None and given_lengths:
+        raise UsageError("the lengths are --workload's", " and ".join(given_lengths), "leave them out, or --workload")
     problems = choice.problems(kind)
+    load = None if workload is None else Workload.read(workload, problems[0])
     budget_s = seconds(budget or _BUDGETS[kind]) / len(problems)
     chosen = split(backends, BACKENDS, "--backends")
     reports: list[SearchReport] = []
     try:
         for problem in problems:
-            with _progress(problem, budget_s) as progress:
+            title = _title(problem) if load is None else f"{_title(load.problem)} and {len(load.entries) - 1} more"
+            with _progress(title, budget_s) as progress:
                 reports.append(
                     run_search(
                         problem,
@@ -89,13 +101,15 @@ def search(
                         sampler=sampler,
                         target=target,
                         max_memory_bytes=None if max_memory is None else size_bytes(max_memory),
+                        workload=load,
                     )
                 )
     except SearchInterrupted as stop:
         typer.echo(f"stopped: {stop.trials} trials are kept in {_where(db)}; go on with", err=True)
         given: dict[str, object] = {
             "--budget": budget, "--trials": trials, "--sampler": None if sampler == "auto" else sampler,
-            "--target": target, "--max-memory": max_memory, "--backends": backends, "--db": db, "--device": device,
+            "--target": target, "--max-memory": max_memory, "--workload": workload, "--backends": backends,
+            "--db": db, "--device": device,
         }  # fmt: skip
         typer.echo(f"  {_again(choice, given)}", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -105,7 +119,7 @@ def search(
     if as_json:
         print_json({"database": _where(db), "reports": [report.to_dict() for report in reports]})
     else:
-        _print_use(choice, problems[0], db, kind)
+        _print_use(choice, reports[0].problem, db, kind)
 
 
 def _print(reports: list[SearchReport], db: str | None) -> None:
@@ -119,10 +133,16 @@ def _print(reports: list[SearchReport], db: str | None) -> None:
         default = shown_time(report.default_time_us) if report.default is not None else "not admitted"
         worst = max(report.errors, key=lambda name: report.errors[name], default="")
         table.add_row(
-            f"{_title(report.problem)}", default, shown_time(report.best_time_us),
+            _of(report), default, shown_time(report.best_time_us),
             shown_ratio(report.default_time_us, report.best_time_us), f"{report.error:.1e} ({worst})",
             ", ".join(f"{count} {outcome}" for outcome, count in sorted(report.outcomes.items())),
         )  # fmt: skip
+        for entry in report.entries if len(report.entries) > 1 else ():
+            before = None if entry.default is None else entry.default.median_us
+            table.add_row(
+                f"  {100 * entry.share:.3g} %: {entry.title}", shown_time(before), shown_time(entry.best.median_us),
+                shown_ratio(before, entry.best.median_us), "", "" if entry.stored else "not stored",
+            )  # fmt: skip
     out.print(table)
     for report in reports:
         for one in report.frontier:
@@ -141,7 +161,10 @@ def _print(reports: list[SearchReport], db: str | None) -> None:
         if report.busy is not None:
             out.print(f"{_title(report.problem)}: {report.busy.line()}", markup=False)
         if not report.stored:
-            out.print(f"{_title(report.problem)}: the database has a faster answer and keeps that one")
+            kept = "the database has a faster answer and keeps that one"
+            if len(report.entries) > 1:
+                kept = "it is not stored where the database has a faster answer or it is slower than what would run"
+            out.print(f"{_title(report.problem)}: {kept}")
     total = sum(report.trials for report in reports)
     out.print(f"All {total} trials are in {_where(db)}; see `sse-tune show --trials`.", markup=False, soft_wrap=True)
 
@@ -157,6 +180,8 @@ def _print_use(choice: ProblemChoice, problem: Problem, db: str | None, kind: st
         arguments += "shared_q=q1, shared_k=k1, shared_g=g1, " + (
             "shared_beta=beta1, " if problem.rule == "gdn" else ""
         )
+    if problem.num_sequences is not None:
+        arguments += "cu_seqlens=cu_seqlens, "
     database = "" if db is None else f", database={db!r}"
     typer.echo("\nTo use it:\n")
     typer.echo("  import sse_tune as st")
@@ -186,6 +211,13 @@ def _python(choice: ProblemChoice, problem: Problem, kind: str) -> str:
     return call + "".join(f", {name}={value!r}" for name, value in changed.items()) + ")"
 
 
+def _of(report: SearchReport) -> str:
+    """What a row of the table is about."""
+    if len(report.entries) < 2:
+        return _title(report.problem)
+    return f"{_title(report.problem)} and {len(report.entries) - 1} more, expected time"
+
+
 def _title(problem: Problem) -> str:
     value = "" if problem.value_dim == problem.key_dim else f" V={problem.value_dim}"
     sizes = f"B={problem.batch} T={problem.seq_len} H={problem.num_heads} K={problem.key_dim}{value}"
@@ -207,10 +239,10 @@ def _again(choice: ProblemChoice, given: dict[str, object]) -> str:
 
 
 @contextlib.contextmanager
-def _progress(problem: Problem, budget_s: float) -> Iterator[Progress]:
+def _progress(title: str, budget_s: float) -> Iterator[Progress]:
     """A bar on a terminal, a line for each phase elsewhere; both on stderr, since stdout is for results."""
     if not sys.stderr.isatty():
-        yield _Lines(lambda line: typer.echo(line, err=True), _title(problem))
+        yield _Lines(lambda line: typer.echo(line, err=True), title)
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -219,7 +251,7 @@ def _progress(problem: Problem, budget_s: float) -> Iterator[Progress]:
         TextColumn("best {task.fields[best]}"), TimeElapsedColumn(), TextColumn(f"of {budget_s:.0f} s"),
     )  # fmt: skip
     screen = console(stderr=True)
-    screen.print(_title(problem), markup=False)
+    screen.print(title, markup=False)
     with Progress(*columns, console=screen, transient=True) as bar:
         task = bar.add_task("starting", total=1, best="-")
 

@@ -45,6 +45,10 @@ class AdmissionError(SSETuneError, RuntimeError):
     """A kernel's result differs from the reference, or from itself on a repeat."""
 
 
+class WorkloadError(SSETuneError, ValueError):
+    """A workload, or the file it is in, does not fit the format or the problem."""
+
+
 class DatabaseError(SSETuneError, RuntimeError):
     """A tuning database cannot be opened, read or written."""
 

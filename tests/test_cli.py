@@ -161,6 +161,8 @@ def test_a_damaged_database_is_one_line_and_exit_code_4(tmp_path):
         (["search", "--preset", "unheard-of"], "the preset must be known"),
         (["search", "--preset", "demo", "--top-k", "9"], "top_k=9, N=4"),
         (["search", "--backends", "cuda"], "--backends must be of"),
+        (["search", "--workload", "mix.json", "--seq-len", "64", "--batch", "2"], "got --seq-len and --batch"),
+        (["search", "--workload", "/none/such.json"], "the workload file must be readable"),
         (["best", "--seq-len", "64", "--seq-len", "128", "--device", "cpu"], "one --seq-len"),
         (["check", "--rule", "gru"], "--rule must be of gla, gdn"),
         (["check", "--cases", "easy"], "--cases must be of"),
@@ -318,6 +320,25 @@ def test_devices():
     assert devices(None) is None
     assert devices("cuda") == "cuda"
     assert devices("cuda:0, cuda:1") == ("cuda:0", "cuda:1")
+
+
+def test_a_workload_is_searched_as_one(tmp_path):
+    file, path = tmp_path / "mix.json", tmp_path / "tuning.db"
+    entries = [{"weight": 3, "seq_len": 32}, {"weight": 1, "lengths": [9, 100, 19], "occupancy": [90, 10]}]
+    file.write_text(json.dumps({"format": 1, "entries": entries}))
+    where = TINY.index("--seq-len")
+    tiny = [*TINY[:where], *TINY[where + 2 :], "--workload", file, "--db", path, "--budget", "60s", "--trials", 1]
+    done = process("search", *tiny)
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    for words in ("and 1 more, expected time", "75 %: B=1 T=32", "25 %: T=128 in 3 sequences of 9 to 100"):
+        assert words in shown
+    with TuningDatabase(path) as database:
+        assert {answer.problem["num_sequences"] for answer in database.answers()} == {None, 3}
+    again = json.loads(process("search", *tiny, "--resume", "--json").stdout)
+    (report,) = again["reports"]
+    assert [entry["share"] for entry in report["entries"]] == [0.75, 0.25]
+    assert report["outcomes"] == {"ok": 2}, "the first search's trial counts"
 
 
 @pytest.mark.parametrize(

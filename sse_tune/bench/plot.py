@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
-
-from sse_tune.errors import DeviceError
 
 if TYPE_CHECKING:
     from sse_tune.bench.plans import Bench
@@ -17,12 +14,6 @@ if TYPE_CHECKING:
 # what a picture can have along its horizontal axis: the problem's field and its label
 AXES = {"seq_len": "T, tokens in a batch row", "num_partitions": "N, sparse partitions"}
 Lines = dict[str, list[tuple[int, float]]]  # side -> (x, milliseconds), by x
-
-
-def require_matplotlib() -> None:
-    """Raises DeviceError where matplotlib is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise DeviceError("--plot needs matplotlib", "not installed", "pip install 'sse-tune[plot]'")
 
 
 def axis_of(problems: Sequence[Problem]) -> str | None:

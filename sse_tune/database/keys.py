@@ -4,6 +4,7 @@ kept, but not used, and whoever asks learns why."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from sse_tune.database.records import Answer, digest
 from sse_tune.device import Device, toolchain
@@ -15,10 +16,13 @@ from sse_tune.templates.registry import find_template, templates_of
 NOT_INSTALLED = "none"
 
 
-def study_key(problem: Problem, device: Device, backends: tuple[str, ...]) -> str:
+def study_key(
+    problem: Problem, device: Device, backends: tuple[str, ...], workload: Mapping[str, Any] | None = None
+) -> str:
     """Names the searches that may continue each other: the same problem, device, toolchain and template sources.
 
-    The problem counts exactly, not by its bucket: times of two lengths cannot be compared.
+    The problem counts exactly, not by its bucket: times of two lengths cannot be compared. So does the workload that it
+    is the heaviest entry of, as plain data; None: it is searched alone.
 
     Raises:
         PlanError: no such backend.
@@ -34,7 +38,8 @@ def study_key(problem: Problem, device: Device, backends: tuple[str, ...]) -> st
         if problem.rule in template.rules
     }
     shown = "+".join(f"{backend}-{version}" for backend, version in versions.items())
-    exact = digest([problem.to_dict(), device.slug, device.arch, versions, sources])[:16]
+    counted = [problem.to_dict(), device.slug, device.arch, versions, sources]
+    exact = digest(counted if workload is None else [*counted, dict(workload)])[:16]
     return f"{problem.bucket.name}@{device.slug}@{shown}@{exact}"
 
 

@@ -195,8 +195,9 @@ def case_problem(name: str, problem: Problem, chunk_size: int, scale: str) -> tu
         if name == "ordinary" and not tiny:
             fields["num_heads"] = problem.num_heads  # the very kernels that the problem needs
         # divisible by 16 where the problem's own length is: compilers specialise on that
-        seq_len = int(str(changes.get("seq_len", c + 1 if name == "batch" else (2 * c if tiny else 4 * c + 16))))
         sequences = problem.num_sequences if "num_sequences" not in changes else None
+        usual = 4 * c + 16 if not tiny else 4 * c if sequences is not None else 2 * c
+        seq_len = int(str(changes.get("seq_len", c + 1 if name == "batch" else usual)))
         if sequences is not None:
             short = min(sequences, 3)
             lengths = (seq_len - (short - 1) * (c + 1), *((c + 1,) * (short - 1)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import time
 
 from sse_tune.plan import Plan
 from sse_tune.templates.stages import stage_contract
-from sse_tune.tuning.ahead import CompileAhead
+from sse_tune.tuning.ahead import CompileAhead, Compiled
 from sse_tune.tuning.candidates import Candidate, Known
 from sse_tune.tuning.cases import QUICK
 from sse_tune.tuning.check import chunk_size_of
@@ -23,7 +24,7 @@ _LAPSED_S = 5.0  # how often for what the dead left
 
 
 class Engine:
-    """Drives strategies over one problem.
+    """Drives strategies over one problem or workload; `problem` is its heaviest entry's.
 
     Args:
         evaluator: makes jobs of candidates and records their ends.
@@ -36,7 +37,7 @@ class Engine:
         self, evaluator: Evaluator, ahead: CompileAhead | None, lanes: Lanes, max_memory_bytes: int | None = None
     ) -> None:
         self.evaluator, self.ahead, self.lanes = evaluator, ahead, lanes
-        self.recorder, self.problem = evaluator.recorder, evaluator.problem
+        self.recorder, self.workload, self.problem = evaluator.recorder, evaluator.workload, evaluator.problem
         self.max_memory_bytes = max_memory_bytes
         self.over_memory: dict[Plan, int] = {}
         self.compile_wait_s = 0.0  # with every worker idle, until what is next was compiled
@@ -96,11 +97,14 @@ class Engine:
         """Hands a candidate to the compilers."""
         if self.ahead is None or candidate.plan.graph == "whole":
             return []
-        plan, chunk_size = candidate.plan, chunk_size_of(candidate.plan)
-        if candidate.stage is None:
-            return self.ahead.submit_plan(plan, self.problem, chunk_size, QUICK)
-        alone = dataclasses.replace(plan, stages={candidate.stage: plan.stages[candidate.stage]})
-        return self.ahead.submit_plan(alone, self.problem, chunk_size, QUICK[:1])
+        plan, chunk_size, names = candidate.plan, chunk_size_of(candidate.plan), tuple(QUICK)
+        if candidate.stage is not None:
+            plan, names = dataclasses.replace(plan, stages={candidate.stage: plan.stages[candidate.stage]}), QUICK[:1]
+        pending: dict[concurrent.futures.Future[Compiled], None] = {}  # in order, each once
+        for problem in self.workload.problems:
+            posed = names if problem == self.problem else QUICK[:1] if problem in self.workload.layouts else ()
+            pending |= dict.fromkeys(self.ahead.submit_plan(plan, problem, chunk_size, posed))
+        return list(pending)
 
     def _next(self, strategy: Strategy) -> tuple[Candidate, Pending] | None:
         """A candidate that is compiled, else the one that was asked first; None: there is nothing to run now."""

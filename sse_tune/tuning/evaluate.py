@@ -18,12 +18,14 @@ from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.recorder import Recorder
 from sse_tune.tuning.worker import JobResult
+from sse_tune.tuning.workload import Workload
 
 Pending = list[concurrent.futures.Future[Compiled]]
 STAGE_DEADLINE_S = 60.0
 PLAN_DEADLINE_S = 240.0
 STAGE_TIME_LIMIT_S = 0.05
 PLAN_TIME_LIMIT_S = 0.5
+_ENTRY_S = 15.0  # added to a deadline for every further entry of a workload: compiling and admission are for all
 QUARANTINED = ("wrong", "crash")  # never to be tried again; a hang or a lack of memory may be the machine's
 
 
@@ -39,8 +41,9 @@ class Job:
 class Evaluator:
     """Says what to run for a candidate of one search, and records what became of it."""
 
-    def __init__(self, problem: Problem, device: Device, recorder: Recorder) -> None:
-        self.problem, self.device, self.recorder = problem, device, recorder
+    def __init__(self, problem: Problem | Workload, device: Device, recorder: Recorder) -> None:
+        self.workload = Workload.of(problem)
+        self.problem, self.device, self.recorder = self.workload.problem, device, recorder
         self._toolchain = toolchain()
 
     def refusal(self, candidate: Candidate, compiled: Pending) -> tuple[Attempt, dict[str, int]]:
@@ -60,11 +63,12 @@ class Evaluator:
     def job(self, candidate: Candidate, give_up_us: float | None, confirm_us: float | None) -> Job:
         """Admission and measurement of a candidate."""
         plan, limits = candidate.plan, (give_up_us, confirm_us)
+        more_s = _ENTRY_S * (len(self.workload.entries) - 1)
         if candidate.stage is None:
-            arguments: tuple[Any, ...] = (plan, self.problem, self.device, PLAN_TIME_LIMIT_S, *limits)
-            return Job(jobs.check_and_time, arguments, PLAN_DEADLINE_S)
-        arguments = (plan, candidate.base, candidate.stage, self.problem, self.device, STAGE_TIME_LIMIT_S, *limits)
-        return Job(jobs.check_and_time_stage, arguments, STAGE_DEADLINE_S)
+            arguments: tuple[Any, ...] = (plan, self.workload, self.device, PLAN_TIME_LIMIT_S, *limits)
+            return Job(jobs.check_and_time, arguments, PLAN_DEADLINE_S + more_s)
+        arguments = (plan, candidate.base, candidate.stage, self.workload, self.device, STAGE_TIME_LIMIT_S, *limits)
+        return Job(jobs.check_and_time_stage, arguments, STAGE_DEADLINE_S + more_s)
 
     def finish(self, candidate: Candidate, result: JobResult, resources: dict[str, int]) -> Attempt:
         """Records what a worker answered, and what must not be tried again."""

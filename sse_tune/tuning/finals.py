@@ -1,12 +1,14 @@
 """Who wins: the finalists in turn with the incumbent, the winner's neighbours after them, and the longer admission.
 
 The incumbent is what would run without this search. It stays unless another plan beats it by more than the noise; what
-the noise cannot tell from the winner is recorded as a tie.
+the noise cannot tell from the winner is recorded as a tie. On a workload, where each entry may have an incumbent of its
+own, the expected time decides, among those that are slower than the incumbent on no entry.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterator, Sequence
 
 from sse_tune.errors import SearchError
@@ -18,11 +20,12 @@ from sse_tune.tuning.cases import FINAL
 from sse_tune.tuning.engine import Engine
 from sse_tune.tuning.evaluate import PLAN_DEADLINE_S, Job
 from sse_tune.tuning.jobs import Attempt
-from sse_tune.tuning.measure import Timing
+from sse_tune.tuning.measure import Measured, Timing
 
 _FINALISTS = 3
 _CLOSE = 1.25  # times the fastest: two runs tell those beyond it from the best
 _NEIGHBOURS_AT_ONCE = 3
+_SEEMS_SLOWER = 1.03  # times: a trial alone is less sure than a comparison in turn
 _STAGE_MARGIN = 1.02  # a neighbour whose stage was measured and is slower than this is not tried in the whole
 _COMPARISON_S = (1.0, 15.0)
 
@@ -33,22 +36,25 @@ class Verdict:
 
     Args:
         plan: the answer.
-        timings: of every plan of the last comparison that the answer was in.
+        timings: of every plan of the last comparison that the answer was in, on every entry.
         errors: of the answer, in the longer admission.
         ties: plans of that comparison that the answer does not beat by more than the noise and 1 %.
         neighbours: how many neighbours were tried.
-        default: timing of the default plan, in turn with the answer; None: it was not admitted.
+        default: timings of the default plan, in turn with the answer; None: it was not admitted.
+        slowed: the entries on which the answer is slower than what would run there without this search: none, unless
+            their incumbents differ and nothing beats them all.
     """
 
     plan: Plan
-    timings: dict[Plan, Timing]
+    timings: dict[Plan, Measured]
     errors: dict[str, float]
     ties: tuple[Plan, ...]
     neighbours: int
-    default: Timing | None
+    default: Measured | None
+    slowed: tuple[int, ...] = ()
 
     @property
-    def timing(self) -> Timing:
+    def timing(self) -> Measured:
         return self.timings[self.plan]
 
 
@@ -58,11 +64,13 @@ class Finals:
     Args:
         engine: with the budget, the worker and what is known.
         default: the default plan, in every comparison if it was admitted.
-        incumbent: what would run without this search, if it was admitted.
+        incumbents: what would run without this search on each entry, if it was admitted; None: the default.
     """
 
-    def __init__(self, engine: Engine, default: Plan, incumbent: Plan | None) -> None:
-        self.engine, self.default, self.incumbent = engine, default, incumbent
+    def __init__(self, engine: Engine, default: Plan, *incumbents: Plan | None) -> None:
+        self.engine, self.default, self.incumbents = engine, default, incumbents
+        assert len(incumbents) == len(engine.workload.entries), "an incumbent, or None, for each entry"
+        self._always = [plan for plan in dict.fromkeys((default, *incumbents)) if plan is not None]
         self._neighbours = 0
         self._failures: list[str] = []
 
@@ -89,34 +97,76 @@ class Finals:
                     plan for plan, timing in timings.items()
                     if plan != winner and not timings[winner].beats(timing)
                 )  # fmt: skip
-                return Verdict(winner, timings, attempt.errors, ties, self._neighbours, timings.get(self.default))
+                return Verdict(
+                    winner, timings, attempt.errors, ties, self._neighbours, timings.get(self.default),
+                    self._slowed(winner, timings),
+                )  # fmt: skip
             failed.add(winner)
             self._failures.append(f"{attempt.outcome}, {attempt.reason}")
 
     def _finalists(self, found: Sequence[Plan]) -> list[Plan]:
-        """The default and the incumbent, if admitted, and the fastest of the others."""
-        always = [p for p in dict.fromkeys((self.default, self.incumbent)) if p is not None and self._time_of(p)]
+        """The default and the incumbents, if admitted, and the fastest of the others; those that an entry has seemed to
+        suffer from come last."""
+        always = [plan for plan in self._always if self._time_of(plan)]
         timed = [(time_us, plan) for plan in dict.fromkeys(found) if plan not in always
                  and (time_us := self._time_of(plan)) is not None]  # fmt: skip
-        timed.sort(key=lambda pair: pair[0])
+        timed.sort(key=lambda pair: (self._seems_slower(pair[1]), pair[0]))
         return always + [plan for time_us, plan in timed[:_FINALISTS] if time_us <= _CLOSE * timed[0][0]]
+
+    def _seems_slower(self, plan: Plan) -> bool:
+        """Whether the trials say that some entry is slower with a plan than with what would run there without it."""
+        mine = self._entries_of(plan)
+        for number, holder in enumerate(self.incumbents):
+            theirs = self._entries_of(self.default if holder is None else holder)
+            if mine and theirs and mine[number] > _SEEMS_SLOWER * theirs[number]:
+                return True
+        return False
+
+    def _entries_of(self, plan: Plan) -> list[float]:
+        """Median times of a plan's trial, entry by entry; empty where there is one."""
+        attempt = self.engine.recorder.lookup(Candidate("plan", plan))
+        return [] if attempt is None else [statistics.median(times) for times in attempt.entries_us]
 
     def _time_of(self, plan: Plan) -> float | None:
         known = self.engine.known(Candidate("plan", plan))
         return None if known is None else known.time_us
 
-    def _winner(self, timings: dict[Plan, Timing]) -> Plan:
-        """The fastest, if it beats the incumbent and the default by more than the noise; else the one of these."""
-        holders = [plan for plan in (self.incumbent, self.default) if plan is not None and plan in timings]
-        holder = holders[0] if holders else None
-        if len(holders) == 2 and timings[holders[1]].beats(timings[holders[0]]):
-            holder = holders[1]
-        faster = [plan for plan, timing in timings.items() if holder is None or timing.beats(timings[holder])]
-        return min(faster, key=lambda plan: timings[plan].median_us) if faster or holder is None else holder
+    def _winner(self, timings: dict[Plan, Measured]) -> Plan:
+        """The fastest of those that no entry suffers from, if it beats the incumbents and the default by more than the
+        noise; else the best of these."""
+        holders = self._holders(timings)
+        if not holders:
+            return min(timings, key=lambda plan: timings[plan].median_us)
+        present = self._without_search(holders, timings)
+        faster = [
+            plan for plan, timing in timings.items() if timing.beats(present) and not timing.slower_on(present)
+        ]
+        return min(faster or dict.fromkeys(holders), key=lambda plan: timings[plan].median_us)
+
+    def _holders(self, timings: dict[Plan, Measured]) -> list[Plan]:
+        """What would run on each entry without this search: its incumbent, unless the default beats it there; empty
+        where neither runs."""
+        holders = []
+        for number, incumbent in enumerate(self.incumbents):
+            both = [plan for plan in (incumbent, self.default) if plan is not None and plan in timings]
+            if not both:
+                return []
+            first, last = (timings[plan].entries[number] for plan in (both[0], both[-1]))
+            holders.append(both[-1] if last.beats(first) else both[0])
+        return holders
+
+    def _without_search(self, holders: Sequence[Plan], timings: dict[Plan, Measured]) -> Measured:
+        entries = tuple(timings[plan].entries[number] for number, plan in enumerate(holders))
+        return Measured(entries, self.engine.workload.shares)
+
+    def _slowed(self, plan: Plan, timings: dict[Plan, Measured]) -> tuple[int, ...]:
+        """The entries that suffer from a plan."""
+        holders = self._holders(timings)
+        return timings[plan].slower_on(self._without_search(holders, timings)) if holders else ()
 
     def _refined(
-        self, winner: Plan, timings: dict[Plan, Timing], failed: set[Plan]
-    ) -> tuple[Plan, dict[Plan, Timing]]:
+        self, winner: Plan, timings: dict[Plan, Measured], failed: set[Plan]
+    ) -> tuple[Plan, dict[Plan, Measured]]:
         """Moves to neighbours that beat the winner until none does or the budget is used."""
         recorder, seen = self.engine.recorder, set(timings) | failed
         improved = True
@@ -135,9 +185,9 @@ class Finals:
                 if len(batch) == _NEIGHBOURS_AT_ONCE:
                     break
             if batch:
-                rivals = dict.fromkeys((winner, *(p for p in (self.incumbent, self.default) if p in timings), *batch))
-                again = self._in_turn([plan for plan in rivals if plan is not None])
-                better = [plan for plan in batch if again[plan].beats(again[winner])]
+                rivals = dict.fromkeys((winner, *(plan for plan in self._always if plan in timings), *batch))
+                again = self._in_turn(list(rivals))
+                better = [p for p in batch if again[p].beats(again[winner]) and not self._slowed(p, again)]
                 timings = again
                 winner = min(better, key=lambda plan: again[plan].median_us, default=winner)
                 improved = bool(better) or len(batch) == _NEIGHBOURS_AT_ONCE
@@ -158,8 +208,8 @@ class Finals:
                 ):
                     yield plan
 
-    def _in_turn(self, plans: Sequence[Plan]) -> dict[Plan, Timing]:
-        """Measures plans in turn, end to end.
+    def _in_turn(self, plans: Sequence[Plan]) -> dict[Plan, Measured]:
+        """Measures plans in turn, end to end, on one entry after the other.
 
         Raises:
             SearchError: one of them, each admitted before, fails.
@@ -169,15 +219,20 @@ class Finals:
         least, most = _COMPARISON_S
         limit_s = min(most, max(least, 0.4 * recorder.remaining_s()))
         named = {plan.key: plan for plan in plans}
-        arguments = (named, engine.problem, engine.evaluator.device, limit_s)
-        done = engine.lanes.run(Job(jobs.time_in_turn, arguments, PLAN_DEADLINE_S))
-        if done.outcome != "ok":
-            raise SearchError("the finalists must run again", f"{done.outcome}: {done.reason}", "resume the search")
-        return {named[key]: Timing(times) for key, times in done.value.items()}
+        entries: dict[Plan, list[Timing]] = {plan: [] for plan in plans}
+        count = len(engine.workload.entries)
+        for number in range(count):
+            arguments = (named, engine.workload, engine.evaluator.device, limit_s / count, number)
+            done = engine.lanes.run(Job(jobs.time_in_turn, arguments, PLAN_DEADLINE_S))
+            if done.outcome != "ok":
+                raise SearchError("the finalists must run again", f"{done.outcome}: {done.reason}", "resume the search")
+            for key, times in done.value.items():
+                entries[named[key]].append(Timing(times))
+        return {plan: Measured(tuple(timings), engine.workload.shares) for plan, timings in entries.items()}
 
     def _admitted(self, plan: Plan) -> Attempt:
         engine = self.engine
-        arguments = (plan, engine.problem, engine.evaluator.device, FINAL)
+        arguments = (plan, engine.workload, engine.evaluator.device, FINAL)
         done = engine.lanes.run(Job(jobs.check, arguments, PLAN_DEADLINE_S))
         attempt = done.value if done.outcome == "ok" else Attempt(done.outcome, done.reason)
         if attempt.outcome != "ok":
@@ -188,7 +243,7 @@ class Finals:
 def neighbours(plan: Plan, stage: str, engine: Engine) -> Iterator[Plan]:
     """The plans that differ in one parameter of one stage by one step along its values."""
     choice = plan.stages[stage]
-    space = find_template(choice.backend, choice.template).space
+    space = engine.workload.joint(find_template(choice.backend, choice.template).space)
     for param in space.params:
         place = param.values.index(choice.config[param.name])
         for other in (place - 1, place + 1):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import torch
 
@@ -101,6 +102,68 @@ def _make(name: str, problem: Problem, chunk_size: int, device: str, scale: str)
 
 
 _kept = functools.lru_cache(maxsize=24)(_make)
+_NEVER = -30.0  # the logit of a partition that no token chooses first: no noise makes up for it, and it is finite
+
+
+@functools.lru_cache(maxsize=2)
+def workload(
+    problem: Problem,
+    device: str,
+    lengths: tuple[int, ...] | None = None,
+    occupancy: tuple[float, ...] | None = None,
+) -> Case:
+    """Random inputs of a problem's full size, made on the device: never zeros, which run faster than numbers do.
+
+    Args:
+        problem, device: what is computed, and torch's name of where.
+        lengths: of the packed sequences; None: equal ones.
+        occupancy: the share of tokens that choose each partition first; None: a router without preferences.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    tokens, heads, io = problem.batch * problem.seq_len, problem.num_heads, DTYPES[problem.dtype]
+
+    def normal(*shape: int, dtype: torch.dtype = io) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    gate = (tokens, heads) if problem.rule == "gdn" else (tokens, heads, problem.key_dim)
+    stream: dict[str, torch.Tensor | None] = {}
+    for prefix in ("", "shared_") if problem.shared and problem.num_partitions else ("",):
+        stream[f"{prefix}q"] = normal(tokens, heads, problem.key_dim)
+        k = normal(tokens, heads, problem.key_dim)
+        stream[f"{prefix}k"] = k if problem.norm != "none" else torch.nn.functional.normalize(k, dim=-1)
+        stream[f"{prefix}g"] = -0.2 * torch.rand(gate, generator=generator, device=device)
+        beta = torch.sigmoid(normal(tokens, heads, dtype=torch.float32)) if problem.rule == "gdn" else None
+        stream[f"{prefix}beta"] = beta
+    if problem.num_partitions:
+        stream["router_logits"] = (
+            normal(tokens, problem.num_partitions, dtype=torch.float32) if occupancy is None
+            else skewed_logits(tokens, occupancy, generator)
+        )  # fmt: skip
+    sequences = problem.sequences
+    starts = (
+        [tokens * i // sequences for i in range(sequences + 1)] if lengths is None
+        else list(itertools.accumulate(lengths, initial=0))
+    )  # fmt: skip
+    inputs = Inputs(
+        v=normal(tokens, heads, problem.value_dim),
+        cu_seqlens=torch.tensor(starts, dtype=torch.int32).to(device), **stream,  # type: ignore[arg-type]
+    )  # fmt: skip
+    return Case(
+        name="workload", problem=problem, inputs=inputs, scale=float(problem.key_dim) ** -0.5, output_final_state=False,
+        do=normal(tokens, heads, problem.value_dim), d_final_state=None,
+        lengths=tuple(b - a for a, b in itertools.pairwise(starts)), chunk_size=64, checked_sequences=sequences,
+        strong_beta=False, repeats=1,
+    )  # fmt: skip
+
+
+def skewed_logits(tokens: int, occupancy: tuple[float, ...], generator: torch.Generator) -> torch.Tensor:
+    """Router logits whose largest lies in each partition as often as its share says.
+
+    The logarithm of a share and Gumbel noise: the order of a token's partitions is drawn without replacement.
+    """
+    shares = torch.tensor(occupancy, device=generator.device)
+    chances = torch.empty(tokens, len(occupancy), device=generator.device).exponential_(generator=generator)
+    return shares.log().clamp(min=_NEVER) - chances.clamp(min=1e-30).log()  # [R, N]
 
 
 class _Draw:

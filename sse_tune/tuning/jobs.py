@@ -1,27 +1,26 @@
 """What a worker process does with a candidate: admit it, then time it. All of it is called in the worker only.
 
-What is dear is kept between jobs: the inputs of a problem, the reference's answers, the buffers of a running plan.
+What is dear is kept between jobs: the inputs of a workload, the reference's answers, the buffers of a running plan.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
 from sse_tune.device import Device
 from sse_tune.plan import Plan
-from sse_tune.problem import Problem
-from sse_tune.runtime.pipeline import DTYPES, Execution, Inputs
+from sse_tune.runtime.pipeline import Execution
 from sse_tune.tuning.cases import QUICK
 from sse_tune.tuning.check import check_plan, run_case, synchronize
-from sse_tune.tuning.inputs import Case
-from sse_tune.tuning.measure import Timing, compare, measure, peak_bytes
+from sse_tune.tuning.inputs import Case, workload
+from sse_tune.tuning.measure import Timing, compare, peak_bytes, weighted
 from sse_tune.tuning.outcomes import classify, poisons
+from sse_tune.tuning.workload import Workload
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +28,8 @@ class Attempt:
     """What became of a candidate: an outcome of `outcomes.OUTCOMES`, its reason, timings and errors.
 
     `poisoned`: the process met a device error; its worker must be replaced. `peak_bytes`: of a whole plan on a GPU,
-    what a call needs above its inputs.
+    what a call needs above its inputs, at most of all entries. `timings_us` are expected times where a workload has
+    several entries, and `entries_us` then holds the raw ones of each.
     """
 
     outcome: str
@@ -38,6 +38,7 @@ class Attempt:
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
     poisoned: bool = False
     peak_bytes: int | None = None
+    entries_us: tuple[tuple[float, ...], ...] = ()
 
     @property
     def time_us(self) -> float | None:
@@ -49,50 +50,21 @@ def torch_device(device: Device) -> str:
     return "cuda" if device.kind == "cuda" else "cpu"
 
 
-@functools.lru_cache(maxsize=2)
-def workload(problem: Problem, device: str) -> Case:
-    """Random inputs of a problem's full size, made on the device: never zeros, which run faster than numbers do."""
-    generator = torch.Generator(device).manual_seed(0)
-    tokens, heads, io = problem.batch * problem.seq_len, problem.num_heads, DTYPES[problem.dtype]
-
-    def normal(*shape: int, dtype: torch.dtype = io) -> torch.Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
-
-    gate = (tokens, heads) if problem.rule == "gdn" else (tokens, heads, problem.key_dim)
-    stream: dict[str, torch.Tensor | None] = {}
-    for prefix in ("", "shared_") if problem.shared and problem.num_partitions else ("",):
-        stream[f"{prefix}q"] = normal(tokens, heads, problem.key_dim)
-        k = normal(tokens, heads, problem.key_dim)
-        stream[f"{prefix}k"] = k if problem.norm != "none" else torch.nn.functional.normalize(k, dim=-1)
-        stream[f"{prefix}g"] = -0.2 * torch.rand(gate, generator=generator, device=device)
-        beta = torch.sigmoid(normal(tokens, heads, dtype=torch.float32)) if problem.rule == "gdn" else None
-        stream[f"{prefix}beta"] = beta
-    if problem.num_partitions:
-        stream["router_logits"] = normal(tokens, problem.num_partitions, dtype=torch.float32)
-    sequences = problem.sequences
-    offsets = torch.tensor([tokens * i // sequences for i in range(sequences + 1)], dtype=torch.int32)
-    inputs = Inputs(
-        v=normal(tokens, heads, problem.value_dim), cu_seqlens=offsets.to(device), **stream  # type: ignore[arg-type]
-    )
-    starts = offsets.tolist()
-    return Case(
-        name="workload", problem=problem, inputs=inputs, scale=float(problem.key_dim) ** -0.5, output_final_state=False,
-        do=normal(tokens, heads, problem.value_dim), d_final_state=None,
-        lengths=tuple(b - a for a, b in itertools.pairwise(starts)), chunk_size=64, checked_sequences=sequences,
-        strong_beta=False, repeats=1,
-    )  # fmt: skip
+@functools.lru_cache(maxsize=1)
+def cases(load: Workload, device: str) -> tuple[Case, ...]:
+    """The inputs of every entry of a workload. They stay on the device together: each candidate runs on all of them."""
+    return tuple(workload(entry.problem, device, entry.lengths, entry.occupancy) for entry in load.entries)
 
 
-def plan_call(plan: Plan, problem: Problem, device: Device) -> Callable[[], object]:
-    """One call of a plan on the workload, as a user makes it: buffers allocated by the call."""
-    case = workload(problem, torch_device(device))
+def plan_call(plan: Plan, case: Case) -> Callable[[], object]:
+    """One call of a plan on full-size inputs, as a user makes it: buffers allocated by the call."""
     if plan.graph == "whole":
         return lambda: run_case(plan, case)
 
     def call() -> None:
-        execution = Execution(plan, problem, case.inputs, scale=case.scale)
+        execution = Execution(plan, case.problem, case.inputs, scale=case.scale)
         execution.forward()
-        if problem.trains:
+        if case.problem.trains:
             execution.backward(case.do)
 
     return call
@@ -104,115 +76,134 @@ def in_graph(plan: Plan, device: Device) -> bool:
     return device.kind == "cuda" and plan.graph == "staged"
 
 
-def check(plan: Plan, problem: Problem, device: Device, names: tuple[str, ...] = QUICK) -> Attempt:
-    """Admits a plan by some cases."""
+def check(plan: Plan, load: Workload, device: Device, names: tuple[str, ...] = QUICK) -> Attempt:
+    """Admits a plan by some cases: by all on the heaviest entry, by the ordinary one for each other layout, which the
+    other cases, with lengths of their own, would not see."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the cases are small: threads would only wait for each other
+    errors: dict[str, float] = {}
     try:
-        report = check_plan(plan, problem, device, quick=True, names=names)
+        for problem in load.layouts:
+            posed = names if problem is load.layouts[0] else QUICK[:1]
+            report = check_plan(plan, problem, device, quick=True, names=posed)
+            errors = {name: max(errors.get(name, 0.0), error) for name, error in (errors | report.errors).items()}
+            if report.outcome != "ok":
+                break
     finally:
         torch.set_num_threads(threads)
-    return Attempt(report.outcome, report.reason, (), report.errors, report.poisoned)
+    return Attempt(report.outcome, report.reason, (), errors, report.poisoned)
 
 
 def check_and_time(
     plan: Plan,
-    problem: Problem,
+    load: Workload,
     device: Device,
     time_limit_s: float,
     give_up_us: float | None = None,
     confirm_us: float | None = None,
 ) -> Attempt:
-    """Admits a plan, then times it end to end.
+    """Admits a plan, then times it end to end on every entry.
 
     Args:
-        plan, problem, device: what runs, and where.
-        time_limit_s: of the measurement; it ends before, once the median is known well enough.
+        plan, load, device: what runs, on what, and where.
+        time_limit_s: of the measurement of an entry; it ends before, once the expected time is known well enough.
         give_up_us: a plan slower than this is left after two repeats.
         confirm_us: a plan faster than this, the best so far, is measured twice as long: it may be luck.
     """
-    admitted = check(plan, problem, device)
+    admitted = check(plan, load, device)
     if admitted.outcome != "ok":
         return admitted
 
-    def times() -> tuple[tuple[float, ...], int | None]:
-        call = plan_call(plan, problem, device)
-        peak = peak_bytes(call, torch_device(device))
-        return _times(call, device, time_limit_s, give_up_us, confirm_us, in_graph(plan, device)), peak
+    def times() -> tuple[tuple[Timing, ...], int | None]:
+        calls = [plan_call(plan, case) for case in cases(load, torch_device(device))]
+        peaks = [peak for call in calls if (peak := peak_bytes(call, torch_device(device))) is not None]
+        graph = in_graph(plan, device)
+        return _times(calls, load, device, time_limit_s, give_up_us, confirm_us, graph), max(peaks, default=None)
 
-    return _timed(times, admitted.errors)
+    return _timed(times, load, admitted.errors)
 
 
 def check_and_time_stage(
     plan: Plan,
     base: Plan,
     stage: str,
-    problem: Problem,
+    load: Workload,
     device: Device,
     time_limit_s: float,
     give_up_us: float | None = None,
     confirm_us: float | None = None,
 ) -> Attempt:
     """Admits a plan that differs from an admitted one in one stage, then times that stage at full size."""
-    admitted = check(plan, problem, device, QUICK[:1])
+    admitted = check(plan, load, device, QUICK[:1])
     if admitted.outcome != "ok":
         return admitted
 
-    def times() -> tuple[tuple[float, ...], int | None]:
-        execution = _running(base, problem, device)
+    def times() -> tuple[tuple[Timing, ...], int | None]:
         choice = plan.stages[stage]
-        call = functools.partial(execution.run_stage, stage, choice)
-        return _times(call, device, time_limit_s, give_up_us, confirm_us), None
+        calls = [functools.partial(run.run_stage, stage, choice) for run in _running(base, load, device)]
+        return _times(calls, load, device, time_limit_s, give_up_us, confirm_us), None
 
-    return _timed(times, admitted.errors)
+    return _timed(times, load, admitted.errors)
 
 
 def time_in_turn(
-    plans: dict[str, Plan], problem: Problem, device: Device, time_limit_s: float
+    plans: dict[str, Plan], load: Workload, device: Device, time_limit_s: float, number: int = 0
 ) -> dict[str, tuple[float, ...]]:
-    """Raw timings of admitted plans, measured in turn, end to end."""
-    calls = {name: plan_call(plan, problem, device) for name, plan in plans.items()}
+    """Raw timings of admitted plans on one entry, the `number`-th, measured in turn, end to end."""
+    case = cases(load, torch_device(device))[number]
+    calls = {name: plan_call(plan, case) for name, plan in plans.items()}
     graph = all(in_graph(plan, device) for plan in plans.values())
     timings = compare(calls, torch_device(device), time_limit_s=time_limit_s, min_repeats=3, graph=graph)
     return {name: timing.times_us for name, timing in timings.items()}
 
 
 @functools.lru_cache(maxsize=1)
-def _running(plan: Plan, problem: Problem, device: Device) -> Execution:
-    """A plan that has run once, with every buffer kept."""
-    case = workload(problem, torch_device(device))
-    execution = Execution(plan, problem, case.inputs, scale=case.scale, keep=True)
-    execution.forward()
-    if problem.trains:
-        execution.backward(case.do)
-    synchronize(case.do.device)
-    return execution
+def _running(plan: Plan, load: Workload, device: Device) -> tuple[Execution, ...]:
+    """A plan that has run once on every entry, with every buffer kept."""
+    executions = []
+    for case in cases(load, torch_device(device)):
+        execution = Execution(plan, case.problem, case.inputs, scale=case.scale, keep=True)
+        execution.forward()
+        if case.problem.trains:
+            execution.backward(case.do)
+        synchronize(case.do.device)
+        executions.append(execution)
+    return tuple(executions)
 
 
 def _times(
-    call: Callable[[], object],
+    calls: Sequence[Callable[[], object]],
+    load: Workload,
     device: Device,
     time_limit_s: float,
     give_up_us: float | None,
     confirm_us: float | None,
     graph: bool = False,
-) -> tuple[float, ...]:
-    def once() -> Timing:
-        return measure(
-            call, torch_device(device), time_limit_s=time_limit_s, min_repeats=3, give_up_us=give_up_us, graph=graph,
-            until_precise=True,
+) -> tuple[Timing, ...]:
+    """Timings of every entry, in turn: what counts is the expected time."""
+    sides = {str(number): call for number, call in enumerate(calls)}
+
+    def once() -> tuple[Timing, ...]:
+        found = compare(
+            sides, torch_device(device), time_limit_s=time_limit_s * len(sides), min_repeats=3, give_up_us=give_up_us,
+            graph=graph, until_precise=True, shares=load.shares,
         )  # fmt: skip
+        return tuple(found.values())
 
     first = once()
-    if confirm_us is None or first.median_us >= confirm_us:
-        return first.times_us
-    return first.times_us + once().times_us
+    if confirm_us is None or weighted(first, load.shares).median_us >= confirm_us:
+        return first
+    return tuple(Timing(one.times_us + more.times_us) for one, more in zip(first, once()))
 
 
-def _timed(times: Callable[[], tuple[tuple[float, ...], int | None]], errors: dict[str, float]) -> Attempt:
+def _timed(
+    times: Callable[[], tuple[tuple[Timing, ...], int | None]], load: Workload, errors: dict[str, float]
+) -> Attempt:
     try:
         measured, peak = times()
-        return Attempt("ok", None, measured, errors, peak_bytes=peak)
+        entries = tuple(timing.times_us for timing in measured) if len(measured) > 1 else ()
+        expected = weighted(measured, load.shares).times_us
+        return Attempt("ok", None, expected, errors, peak_bytes=peak, entries_us=entries)
     except Exception as error:  # a candidate may fail at full size in any way
         outcome, reason = classify(error)
         return Attempt(outcome, f"while it was timed: {reason}", (), errors, poisons(error))

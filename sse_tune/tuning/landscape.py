@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Hashable
 from typing import Protocol
 
@@ -15,9 +16,10 @@ from sse_tune.errors import ConstraintError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Space
-from sse_tune.templates.registry import default_plan, graph_of, templates_for
+from sse_tune.templates.registry import default_plan, graph_of, templates_for, validate_plan
 from sse_tune.templates.roofline import DATA_CENTRE, floor_of
 from sse_tune.templates.stages import GRAPHS, stage_contract
+from sse_tune.tuning.workload import Workload
 
 PRUNE_RATIO = 1.5  # of the best prediction: what the model puts beyond it is not tried
 
@@ -59,15 +61,16 @@ class Landscape(Protocol):
 
 
 class Templates:
-    """The templates of some backends of one graph.
+    """The templates of some backends of one graph, with what all entries of a workload let them do.
 
     Args:
-        problem, device: what is tuned.
+        problem, device: what is tuned: a problem, or a workload.
         backends: of one graph; the first one's defaults are the base.
     """
 
-    def __init__(self, problem: Problem, device: Device, backends: tuple[str, ...]) -> None:
-        self.problem, self.device, self.backends = problem, device, backends
+    def __init__(self, problem: Problem | Workload, device: Device, backends: tuple[str, ...]) -> None:
+        self.workload = Workload.of(problem)
+        self.problem, self.device, self.backends = self.workload.problem, device, backends
         self.graph = graph_of(backends[0])
 
     @functools.cached_property
@@ -75,17 +78,40 @@ class Templates:
         declared = GRAPHS[self.graph]
         if self.graph != "staged":
             return declared
-        return Space(declared.params, (*declared.constraints, roofline_constraint(self.problem, self.device)))
+        joint = self.workload.joint(declared)
+        return Space(joint.params, (*joint.constraints, roofline_constraint(self.workload, self.device)))
 
     def base(self, outer: Config | None) -> Plan:
-        return default_plan(self.problem, self.device, self.backends[0], outer)
+        return base_plan(self.workload, self.device, self.backends[0], outer)
 
     def slots(self, stage: str) -> tuple[Slot, ...]:
         found = templates_for(stage, self.problem, self.backends)
-        return tuple(Slot(template.backend, template.name, template.space) for template in found)
+        return tuple(Slot(one.backend, one.name, self.workload.joint(one.space)) for one in found)
 
     def contract(self, stage: str, outer: Config) -> Hashable:
+        # the shapes of buffers follow from C, which is in it, and from each problem: what is equal for one entry is
+        # equal for all
         return stage_contract(stage, self.problem, outer)
+
+
+def base_plan(workload: Workload, device: Device, backend: str | None = None, outer: Config | None = None) -> Plan:
+    """The default plan of the heaviest entry whose default all entries can run.
+
+    Raises:
+        ConstraintError: there is none.
+    """
+    refused: ConstraintError | None = None
+    for problem in workload.problems:
+        try:
+            plan = default_plan(problem, device, backend, outer)
+            for other in workload.problems:
+                if other != problem:
+                    validate_plan(plan, other, device)
+            return plan
+        except ConstraintError as error:
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def predicted_us(problem: Problem, device: Device, outer: Config) -> float:
@@ -93,17 +119,22 @@ def predicted_us(problem: Problem, device: Device, outer: Config) -> float:
     return floor_of(problem, device, DATA_CENTRE, outer).time_us
 
 
-def roofline_constraint(problem: Problem, device: Device) -> Constraint:
-    """Refuses the outer choices that the roofline puts far behind the best; the declared default stays."""
+def roofline_constraint(workload: Workload, device: Device) -> Constraint:
+    """Refuses the outer choices that the roofline puts far behind the best, by the expected time of all entries; the
+    declared default stays."""
+
+    @functools.lru_cache(maxsize=None)
+    def expected_us(outer: Config) -> float:
+        return math.fsum(entry.weight * predicted_us(entry.problem, device, outer) for entry in workload.entries)
+
+    problem = workload.problem
     try:
-        default = default_plan(problem, device, None).outer
+        default = base_plan(workload, device).outer
     except ConstraintError:
         default = Config()
-    best = min(
-        (predicted_us(problem, device, outer) for outer in GRAPHS["staged"].configs(problem, device)), default=0.0
-    )
+    best = min(map(expected_us, workload.joint(GRAPHS["staged"]).configs(problem, device)), default=0.0)
 
     def holds(p: Problem, config: Config, d: Device) -> bool:
-        return config == default or predicted_us(problem, device, config) <= PRUNE_RATIO * best
+        return config == default or expected_us(config) <= PRUNE_RATIO * best
 
     return Constraint(f"the roofline must predict at most {PRUNE_RATIO} times the {best:.0f} us of the best", holds)

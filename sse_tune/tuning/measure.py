@@ -7,9 +7,11 @@ median is known well enough; samples that stick out are measured again, and what
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,6 +70,45 @@ class Timing:
         return ratios.median_us + max(ratios.noise_us, margin) < 1.0
 
 
+def weighted(timings: Sequence[Timing], shares: Sequence[float]) -> Timing:
+    """The expected time of a call: in every repeat the sum of several timings by their shares of all calls.
+
+    Where one was repeated less than the others, only as many repeats count: nothing is made up.
+    """
+    repeats = zip(*(timing.times_us for timing in timings))
+    return Timing(tuple(math.fsum(share * time_us for share, time_us in zip(shares, times)) for times in repeats))
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """A plan's timings on every entry of a workload, each measured in turn with those of other plans.
+
+    Args:
+        entries: a timing of each.
+        shares: of all calls.
+    """
+
+    entries: tuple[Timing, ...]
+    shares: tuple[float, ...] = (1.0,)
+
+    @functools.cached_property
+    def total(self) -> Timing:
+        return weighted(self.entries, self.shares)
+
+    @property
+    def median_us(self) -> float:
+        return self.total.median_us
+
+    def beats(self, other: Measured) -> bool:
+        """Whether the expected time is shorter, beyond the noise and 1 %."""
+        return self.total.beats(other.total)
+
+    def slower_on(self, other: Measured) -> tuple[int, ...]:
+        """The entries on which it is slower than another, beyond the noise and 1 %."""
+        pairs = enumerate(zip(self.entries, other.entries))
+        return tuple(number for number, (mine, theirs) in pairs if theirs.beats(mine))
+
+
 def compare(
     sides: Mapping[str, Callable[[], object]],
     device: torch.device | str,
@@ -77,6 +118,7 @@ def compare(
     graph: bool = False,
     give_up_us: float | None = None,
     until_precise: bool = False,
+    shares: Sequence[float] | None = None,
 ) -> dict[str, Timing]:
     """Times several calls in turn, so that what drifts (clocks, temperature, other load) meets them all.
 
@@ -88,6 +130,8 @@ def compare(
         graph: replay each call as a CUDA graph; fails for a call that synchronises.
         give_up_us: stop after two repeats when none was faster than this.
         until_precise: stop before the limit once the median of every side is known to within `PRECISION`.
+        shares: of the sides in the one time that the two rules above are about, their `weighted` sum; None: each side
+            has its own.
 
     Returns:
         A `Timing` of each side; all have as many samples, and the i-th ones were taken in turn. A repeat in which a
@@ -104,13 +148,18 @@ def compare(
     for call in calls.values():
         sample(call)
     sample_times: dict[str, list[float]] = {name: [] for name in calls}
+
+    def judged() -> list[Timing]:
+        timings = [Timing(tuple(times)) for times in sample_times.values()]
+        return timings if shares is None else [weighted(timings, shares)]
+
     begin = time.perf_counter()
     for repeat in range(MAX_REPEATS):
         if repeat >= min_repeats and time.perf_counter() - begin >= time_limit_s:
             break
-        if repeat == 2 and give_up_us is not None and all(min(times) > give_up_us for times in sample_times.values()):
+        if repeat == 2 and give_up_us is not None and all(min(t.times_us) > give_up_us for t in judged()):
             break
-        if until_precise and repeat >= min_repeats and all(Timing(tuple(t)).is_precise for t in sample_times.values()):
+        if until_precise and repeat >= min_repeats and all(t.is_precise for t in judged()):
             break
         for name, call in calls.items():
             sample_times[name].append(sample(call))

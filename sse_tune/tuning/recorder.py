@@ -103,8 +103,11 @@ class Recorder:
         trial = self.known.get(candidate.key(self.problem))
         if trial is None:
             return None
-        peak = trial.resources.get("peak_bytes")
-        return Attempt(trial.outcome, trial.reason, tuple(trial.timings_us), dict(trial.errors), peak_bytes=peak)
+        peak, entries = trial.resources.get("peak_bytes"), trial.resources.get("entries_us", ())
+        return Attempt(
+            trial.outcome, trial.reason, tuple(trial.timings_us), dict(trial.errors), peak_bytes=peak,
+            entries_us=tuple(map(tuple, entries)),
+        )  # fmt: skip
 
     def claim(self, candidate: Candidate) -> bool:
         """Whether this process is to run a candidate; else another one does, or did since."""
@@ -135,7 +138,11 @@ class Recorder:
         if attempt.outcome != "rejected":
             self.evaluated += 1
             self._busy_s += time.monotonic() - begun
-        stored = dict(resources or {}) | ({} if attempt.peak_bytes is None else {"peak_bytes": attempt.peak_bytes})
+        stored: dict[str, object] = dict(resources or {})
+        if attempt.peak_bytes is not None:
+            stored["peak_bytes"] = attempt.peak_bytes
+        if attempt.entries_us:
+            stored["entries_us"] = [list(times) for times in attempt.entries_us]
         trial = self._trial(candidate, attempt, stored)
         number = self.database.finish_claim(trial, key, self.owner)
         if number is None:
@@ -205,7 +212,7 @@ class Recorder:
     def _claim_of(self, candidate: Candidate) -> Claim:
         return Claim(self.study, candidate.key(self.problem), candidate.plan.to_dict(), candidate.stage)
 
-    def _trial(self, candidate: Candidate, attempt: Attempt, resources: dict[str, int]) -> Trial:
+    def _trial(self, candidate: Candidate, attempt: Attempt, resources: dict[str, object]) -> Trial:
         return Trial(
             study=self.study,
             kind=candidate.kind,

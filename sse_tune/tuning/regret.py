@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
 import pathlib
 import statistics
 from collections.abc import Mapping, Sequence
 
+from sse_tune.errors import DeviceError
+
 Curves = Sequence[Sequence[float]]  # of each seed the ratio to the best after every evaluation
+
+
+def require_matplotlib() -> None:
+    """Raises DeviceError where matplotlib, which every `--plot` draws with, is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise DeviceError("--plot needs matplotlib", "not installed", "pip install 'sse-tune[plot]'")
 
 
 def medians(curves: Curves) -> list[tuple[int, float]]:

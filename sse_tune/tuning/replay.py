@@ -23,13 +23,12 @@ import statistics
 import sys
 from collections.abc import Sequence
 
-from sse_tune.bench.plot import require_matplotlib
 from sse_tune.errors import SearchError, SSETuneError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.tuning.candidates import Candidate, Settings
 from sse_tune.tuning.joint import Joint
 from sse_tune.tuning.recorded import Recorded
-from sse_tune.tuning.regret import draw
+from sse_tune.tuning.regret import draw, require_matplotlib
 from sse_tune.tuning.samplers import check_sampler
 from sse_tune.tuning.strategy import Decomposed, Proposer, WholePlans
 from sse_tune.tuning.sweep_file import Sweep, read_sweep

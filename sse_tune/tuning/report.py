@@ -44,11 +44,32 @@ def frontier(timed: Iterable[FrontierPlan]) -> tuple[FrontierPlan, ...]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EntryResult:
+    """What a search found for one entry of its workload.
+
+    Args:
+        title: the entry in words.
+        share: of all calls.
+        bucket: the name under which the answer is stored for it.
+        default, best: as of `SearchReport`, on this entry.
+        stored: whether the database took the answer for its bucket.
+    """
+
+    title: str
+    share: float
+    bucket: str
+    default: Timing | None
+    best: Timing
+    stored: bool
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SearchReport:
     """The result of a search.
 
     Args:
-        problem, device: what was tuned, and for which processor.
+        problem, device: what was tuned, and for which processor; of a workload, its heaviest entry's problem, and
+            `default` and `best` are expected times over all entries.
         bucket: the name under which the answer is stored.
         study: the study's id in the database.
         default: timing of the default plan, measured in turn with the best; None: the default was not admitted.
@@ -65,6 +86,7 @@ class SearchReport:
         over_memory: how many plans were left out for needing more memory than allowed.
         default_failure: why the default was not admitted.
         busy: which share of the time the device was measuring.
+        entries: the entries of the workload, the heaviest first; one where a problem was searched alone.
     """
 
     problem: Problem
@@ -85,6 +107,7 @@ class SearchReport:
     frontier: tuple[FrontierPlan, ...] = ()
     over_memory: int = 0
     busy: Busy | None = None
+    entries: tuple[EntryResult, ...] = ()
 
     @property
     def default_time_us(self) -> float | None:
@@ -122,6 +145,11 @@ class SearchReport:
             lines.insert(1, f"default  not admitted: {self.default_failure}")
         if self.busy is not None:
             lines.append(f"busy     {self.busy.line()}")
+        if len(self.entries) > 1:
+            lines[0] = f"{lines[0]}, and {len(self.entries) - 1} other entries; times are expected ones"
+            for one in self.entries:
+                before = "not admitted" if one.default is None else f"{one.default.median_us:.0f} us"
+                lines.append(f"{100 * one.share:5.1f} %  {one.title}: {before} -> {one.best.median_us:.0f} us")
         if self.ties:
             lines.append(f"ties     {self.ties} plans that the noise cannot tell from the best")
         lines += [
@@ -153,6 +181,14 @@ class SearchReport:
             "frontier": [dataclasses.asdict(one) for one in self.frontier],
             "over_memory": self.over_memory,
             "busy": None if self.busy is None else self.busy.to_dict(),
+            "entries": [
+                {
+                    "title": one.title, "share": one.share, "bucket": one.bucket, "stored": one.stored,
+                    "default_time_us": None if one.default is None else one.default.median_us,
+                    "best_time_us": one.best.median_us,
+                }
+                for one in self.entries
+            ],
         }
 
 

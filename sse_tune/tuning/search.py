@@ -15,20 +15,22 @@ from sse_tune.device import Device, driver_version, toolchain
 from sse_tune.errors import SearchError
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
-from sse_tune.templates.registry import default_plan, graph_of
+from sse_tune.templates.registry import graph_of
+from sse_tune.tuning.busy import Busy
 from sse_tune.tuning.candidates import Candidate, Settings
 from sse_tune.tuning.engine import Engine
 from sse_tune.tuning.evaluate import Evaluator
 from sse_tune.tuning.finals import Finals, Verdict
 from sse_tune.tuning.jobs import Attempt
-from sse_tune.tuning.landscape import Templates
+from sse_tune.tuning.landscape import Templates, base_plan
 from sse_tune.tuning.lanes import Lanes
 from sse_tune.tuning.machine import backends_for, compilers_for, detect, workers_for
 from sse_tune.tuning.recorder import Progress, Recorder
-from sse_tune.tuning.report import FrontierPlan, SearchInterrupted, SearchReport, frontier
+from sse_tune.tuning.report import EntryResult, FrontierPlan, SearchInterrupted, SearchReport, frontier
 from sse_tune.tuning.samplers import check_sampler
 from sse_tune.tuning.shared import incumbent, known_plans, shared_storage
 from sse_tune.tuning.strategy import Decomposed, Strategy, WholePlans
+from sse_tune.tuning.workload import Entry, Workload
 
 _EXPLORING_SHARE = 0.75  # of the budget; the rest is for the finalists and the neighbours of the best
 _MAX_OUTER_POINTS = 4
@@ -49,8 +51,9 @@ def search(
     sampler: str = "auto",
     target: float | None = None,
     max_memory_bytes: int | None = None,
+    workload: Workload | str | pathlib.Path | None = None,
 ) -> SearchReport:
-    """Tune a problem on this machine and keep the answer.
+    """Tune a problem, or a workload of several lengths, packings and skews, on this machine and keep the answer.
 
     The default plan is admitted and timed first. Candidates are compiled ahead where there is a compiler, admitted
     against the reference, timed in a worker process, and written to the database as each ends. The fastest are measured
@@ -59,7 +62,7 @@ def search(
     on the same kind of device in one database: each candidate is tried by one of them.
 
     Args:
-        problem: what to tune; its bucket shares the answer.
+        problem: what to tune; its bucket shares the answer. Of a workload: all but the lengths.
         budget_s: seconds of wall clock the search aims to end within.
         backends: "triton", "torch", ...; None: Triton on a GPU, torch on a CPU.
         database: where trials and the answer go, a file or URL; None: the user's default database.
@@ -70,7 +73,9 @@ def search(
             for each, side by side.
         sampler: "tpe", "gp", "random", "exhaustive", or "auto": exhaustive where a space fits the budget, else TPE.
         target: end once what was found is estimated to be within this factor of the best, 1.03 for 3 %.
-        max_memory_bytes: leave out plans that need more above their inputs; on a GPU only.
+        max_memory_bytes: leave out plans that need more above their inputs, on any entry; on a GPU only.
+        workload: tune for all its entries at once, or for those of a file: the plan of the least expected time that is
+            slower on no entry than what would run there without this search. It is the answer of every entry's bucket.
 
     Returns:
         SearchReport: timings of the default and of the answer, the plan, errors, trials by outcome.
@@ -78,6 +83,7 @@ def search(
     Raises:
         SearchError: the budget, a backend, the sampler, the target or the memory limit makes no sense, or no plan was
             admitted.
+        WorkloadError: the workload's file is damaged, or does not fit the problem.
         SearchInterrupted: Ctrl-C; what was tried is kept.
         WorkerError: no worker process can be started.
     """
@@ -86,6 +92,8 @@ def search(
     if target is not None and target <= 1:
         raise SearchError("a target must be above 1", f"target={target}", "1.03 asks for 3 % of the best")
     check_sampler(sampler)
+    tuned = _workload_of(problem, workload)
+    problem = tuned.problem
     with contextlib.ExitStack() as stack:
         opened = database
         if not isinstance(opened, TuningDatabase):
@@ -97,7 +105,8 @@ def search(
         if max_memory_bytes is not None and (found.kind != "cuda" or max_memory_bytes < 1):
             raise SearchError("a memory limit is in bytes, and needs a GPU", f"{max_memory_bytes} on {found.name}",
                               "leave it out")  # fmt: skip
-        study = opened.open_study(study_key(problem, found, chosen), problem, found, {"budget_s": budget_s})
+        note: dict[str, object] = {"budget_s": budget_s} | ({} if tuned.key is None else {"workload": tuned.key})
+        study = opened.open_study(study_key(problem, found, chosen, tuned.key), problem, found, note)
         recorder = Recorder(
             opened, study, problem, resume=resume, budget_s=budget_s, max_trials=trials, progress=progress
         )
@@ -105,7 +114,7 @@ def search(
         ahead = compilers_for(chosen, found)
         if ahead is not None:
             stack.enter_context(ahead)
-        engine = Engine(Evaluator(problem, found, recorder), ahead, lanes, max_memory_bytes)
+        engine = Engine(Evaluator(tuned, found, recorder), ahead, lanes, max_memory_bytes)
         try:
             return _search(engine, chosen, sampler, target)
         except KeyboardInterrupt:
@@ -113,18 +122,29 @@ def search(
             raise SearchInterrupted(study, len(recorder.known)) from None
 
 
+def _workload_of(problem: Problem, workload: Workload | str | pathlib.Path | None) -> Workload:
+    if workload is None:
+        return Workload.of(problem)
+    if not isinstance(workload, Workload):
+        return Workload.read(workload, problem)
+    Workload((*workload.entries, Entry(problem=problem)))  # refused where they differ in more than lengths
+    return workload
+
+
 def _search(engine: Engine, backends: tuple[str, ...], sampler: str, target: float | None) -> SearchReport:
-    problem, device, recorder = engine.problem, engine.evaluator.device, engine.recorder
+    workload, device, recorder = engine.workload, engine.evaluator.device, engine.recorder
     recorder.report("admitting the default", 0, 1)
-    default = default_plan(problem, device, backends[0])
+    default = base_plan(workload, device, backends[0])
     first = engine.evaluate(Candidate("plan", default))
-    known = known_plans(recorder.database, problem, device, backends)
-    holder = incumbent(recorder.database, problem, device)
-    if holder is not None and {choice.backend for choice in holder.stages.values()} <= set(backends):
+    known = known_plans(recorder.database, workload, device, backends)
+    holders: list[Plan | None] = []
+    for entry in workload.entries:
+        holder = incumbent(recorder.database, entry.problem, device, workload.problems)
+        is_searched = holder is not None and {choice.backend for choice in holder.stages.values()} <= set(backends)
+        holders.append(holder if is_searched else None)
+    for holder in dict.fromkeys(plan for plan in holders if plan is not None):
         recorder.report("admitting the incumbent", 0, 1)
         engine.evaluate(Candidate("plan", holder))
-    else:
-        holder = None
     storage = shared_storage(recorder.database)
     staged = tuple(backend for backend in backends if graph_of(backend) == "staged")
     groups = [staged] if staged else []
@@ -142,7 +162,7 @@ def _search(engine: Engine, backends: tuple[str, ...], sampler: str, target: flo
         )  # fmt: skip
         kind: type[Strategy] = Decomposed if graph_of(group[0]) == "staged" else WholePlans
         of_graph = [plan for plan in known if plan.graph == graph_of(group[0])]
-        strategy = kind(Templates(problem, device, group), settings, of_graph)  # type: ignore[call-arg]
+        strategy = kind(Templates(workload, device, group), settings, of_graph)  # type: ignore[call-arg]
         engine.run(strategy, share)
         found += strategy.plans()
     admitted = engine.known(Candidate("plan", default))
@@ -154,36 +174,32 @@ def _search(engine: Engine, backends: tuple[str, ...], sampler: str, target: flo
             "some plan must pass admission and the limits", f"the default failed: {reason}",
             "run `sse-tune check` for the whole story",
         )  # fmt: skip
-    verdict = Finals(engine, default, holder).decide(found)
-    return _report(engine, backends, sampler, default, first, verdict)
+    verdict = Finals(engine, default, *holders).decide(found)
+    busy = engine.lanes.stopwatch.busy(engine.compile_wait_s)
+    how: dict[str, object] = {
+        "study": recorder.study, "trials": sum(recorder.outcomes.values()), "budget_s": recorder.budget_s,
+        "sampler": sampler, "seed": _SEED, "backends": list(backends), "wall_s": round(recorder.elapsed_s, 1),
+        "ties": [plan.key for plan in verdict.ties], "neighbours": verdict.neighbours,
+        "busy": busy.to_dict(),
+    }  # fmt: skip
+    return _report(engine, default, first, verdict, busy, how)
 
 
 def _report(
-    engine: Engine, backends: tuple[str, ...], sampler: str, default: Plan, first: Attempt, verdict: Verdict
+    engine: Engine, default: Plan, first: Attempt, verdict: Verdict, busy: Busy, how: dict[str, object]
 ) -> SearchReport:
-    problem, device, recorder = engine.problem, engine.evaluator.device, engine.recorder
-    best, timing, base = verdict.plan, verdict.timing, verdict.default
-    busy = engine.lanes.stopwatch.busy(engine.compile_wait_s)
-    answer = Answer(
-        bucket=problem.bucket.name,
-        device=device.slug,
-        arch=device.arch,
-        driver=driver_version() if device.kind == "cuda" else None,
-        toolchain=toolchain_of(best, toolchain()),
-        sources=sources_of(best),
-        problem=problem.to_dict(),
-        plan=best,
-        time_us=timing.median_us,
-        default_time_us=None if base is None else base.median_us,
-        timings_us=timing.times_us,
-        errors=verdict.errors,
-        created=now(),
-        how={
-            "study": recorder.study, "trials": sum(recorder.outcomes.values()), "budget_s": recorder.budget_s,
-            "sampler": sampler, "seed": _SEED, "backends": list(backends), "wall_s": round(recorder.elapsed_s, 1),
-            "ties": [plan.key for plan in verdict.ties], "neighbours": verdict.neighbours, "busy": busy.to_dict(),
-        },
-    )  # fmt: skip
+    """Stores the answer for the bucket of every entry, as measured on it, and tells what was found."""
+    recorder, workload = engine.recorder, engine.workload
+    base, best = verdict.default, verdict.timing
+    # of entries in one bucket the heaviest speaks for all; what an entry would suffer from is not stored for it
+    buckets: dict[str, int] = {}
+    for number, problem in enumerate(entry.problem for entry in workload.entries):
+        buckets.setdefault(problem.bucket.name, number)
+    spoiled = {workload.entries[number].problem.bucket.name for number in verdict.slowed}
+    stored = {
+        bucket: bucket not in spoiled and recorder.database.put_answer(_answer(engine, verdict, number, how))
+        for bucket, number in buckets.items()
+    }
     recorder.report("done", 1, 1)
     timed = [
         FrontierPlan(Plan.from_dict(trial.plan).key, trial.time_us, int(trial.resources["peak_bytes"]))
@@ -191,22 +207,58 @@ def _report(
         if trial.kind == "plan" and trial.outcome == "ok" and trial.time_us and "peak_bytes" in trial.resources
     ]
     return SearchReport(
-        problem=problem,
-        device=device,
-        bucket=problem.bucket.name,
+        problem=workload.problem,
+        device=engine.evaluator.device,
+        bucket=workload.problem.bucket.name,
         study=recorder.study,
-        default=base,
-        best=timing,
-        plan=best,
-        is_default=best == default,
+        default=None if base is None else base.total,
+        best=best.total,
+        plan=verdict.plan,
+        is_default=verdict.plan == default,
         errors=verdict.errors,
         outcomes=dict(recorder.outcomes),
         trials=sum(recorder.outcomes.values()),
         wall_s=recorder.elapsed_s,
-        stored=recorder.database.put_answer(answer),
+        stored=all(stored.values()),
         default_failure=None if first.outcome == "ok" else f"{first.outcome}: {first.reason}",
         ties=len(verdict.ties),
         frontier=frontier(timed),
         over_memory=len(engine.over_memory),
         busy=busy,
+        entries=tuple(
+            EntryResult(
+                title=entry.title, share=entry.weight, bucket=entry.problem.bucket.name,
+                default=None if base is None else base.entries[number], best=best.entries[number],
+                stored=stored[entry.problem.bucket.name],
+            )
+            for number, entry in enumerate(workload.entries)
+        ),
+    )  # fmt: skip
+
+
+def _answer(engine: Engine, verdict: Verdict, number: int, how: dict[str, object]) -> Answer:
+    """The answer for an entry's bucket, with what was measured on that entry."""
+    workload, device, plan = engine.workload, engine.evaluator.device, verdict.plan
+    entry, timing = workload.entries[number], verdict.timing.entries[number]
+    base = verdict.default
+    if workload.key is not None:
+        how = how | {"workload": {
+            "id": workload.id, "entries": len(workload.entries), "entry": entry.to_dict(),
+            "time_us": verdict.timing.median_us, "default_time_us": None if base is None else base.median_us,
+        }}  # fmt: skip
+    return Answer(
+        bucket=entry.problem.bucket.name,
+        device=device.slug,
+        arch=device.arch,
+        driver=driver_version() if device.kind == "cuda" else None,
+        toolchain=toolchain_of(plan, toolchain()),
+        sources=sources_of(plan),
+        problem=entry.problem.to_dict(),
+        plan=plan,
+        time_us=timing.median_us,
+        default_time_us=None if base is None else base.entries[number].median_us,
+        timings_us=timing.times_us,
+        errors=verdict.errors,
+        created=now(),
+        how=how,
     )

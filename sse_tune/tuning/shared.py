@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import optuna
 import sqlalchemy as sa
 
@@ -15,45 +17,66 @@ from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import by_distance, narrow
 from sse_tune.templates.registry import graph_of, validate_plan
 from sse_tune.tuning.samplers import quiet
+from sse_tune.tuning.workload import Workload
 
 _KNOWN_PLANS = 3
 _OTHER_DEVICE, _OTHER_ARCH = 1.0, 2.0  # how much farther an answer of another GPU is, in doublings of the rows
 _LOCK = 7355609  # PostgreSQL advisory lock held while Optuna makes its tables
 
 
-def known_plans(database: TuningDatabase, problem: Problem, device: Device, backends: tuple[str, ...]) -> list[Plan]:
-    """Plans that are good elsewhere and run here: of neighbouring buckets and GPUs, the nearest first.
+def known_plans(
+    database: TuningDatabase, problem: Problem | Workload, device: Device, backends: tuple[str, ...]
+) -> list[Plan]:
+    """Plans that are good elsewhere and run here, on all entries: of neighbouring buckets and GPUs, the nearest first.
 
     They come from the database and from the answers that are shipped. Their sources and toolchain may be others: they
     are proposals, admitted and measured like all.
     """
     answers = (*database.answers(), *shipped_answers())
+    workload = Workload.of(problem)
     ranked: list[tuple[float, int, Plan]] = []
-    for distance, answer in by_distance(problem.bucket, answers):
-        other = 0.0 if answer.device == device.slug else _OTHER_DEVICE if answer.arch == device.arch else _OTHER_ARCH
-        ranked.append((distance + other, len(ranked), answer.plan))
+    for entry in workload.problems:
+        for distance, answer in by_distance(entry.bucket, answers):
+            same = answer.device == device.slug
+            other = 0.0 if same else _OTHER_DEVICE if answer.arch == device.arch else _OTHER_ARCH
+            ranked.append((distance + other, len(ranked), answer.plan))
     graphs = {graph_of(backend) for backend in backends}
     found: dict[Plan, None] = {}
     for _, _, theirs in sorted(ranked, key=lambda entry: entry[:2]):
         if theirs.graph not in graphs:
             continue
         try:
-            plan = narrow(theirs, problem)
+            plan = narrow(theirs, workload.problem)
             if {choice.backend for choice in plan.stages.values()} - set(backends):
                 continue
-            validate_plan(plan, problem, device)
+            for entry in workload.problems:
+                validate_plan(plan, entry, device)
         except (PlanError, ConstraintError, DeviceError):
             continue
         found[plan] = None
     return list(found)[:_KNOWN_PLANS]
 
 
-def incumbent(database: TuningDatabase, problem: Problem, device: Device) -> Plan | None:
-    """The plan of the stored answer for this very bucket, if it still fits; None: the default is what would run."""
+def incumbent(
+    database: TuningDatabase, problem: Problem, device: Device, others: Sequence[Problem] = ()
+) -> Plan | None:
+    """The plan of the stored answer for this very bucket, if it still fits; None: the default is what would run.
+
+    An answer that cannot run `others`, the further problems of a workload, is passed over: the database keeps it where
+    it is the faster one.
+    """
     present = toolchain()
     answers = (*database.answers(device.slug, problem.bucket.name), *shipped_answers(device))
     fitting = [a for a in answers if a.bucket == problem.bucket.name and fits(a, device, present) is None]
-    return min(fitting, key=lambda answer: answer.time_us).plan if fitting else None
+    for answer in sorted(fitting, key=lambda answer: answer.time_us):
+        try:
+            for other in others:
+                if other != problem:
+                    validate_plan(answer.plan, other, device)
+            return answer.plan
+        except (PlanError, ConstraintError, DeviceError):
+            continue
+    return None
 
 
 def shared_storage(database: TuningDatabase) -> optuna.storages.RDBStorage | None:

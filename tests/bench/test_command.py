@@ -15,6 +15,7 @@ from sse_tune.cli import app
 from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import Decision
 from sse_tune.templates import roofline
+from sse_tune.tuning import regret
 from sse_tune.tuning.measure import Timing
 
 TINY = [
@@ -133,7 +134,7 @@ def test_plot_needs_matplotlib_before_anything_is_measured(monkeypatch, tmp_path
 )
 def test_plot_says_what_it_cannot_draw(monkeypatch, arguments, message):
     refuse_to_measure(monkeypatch)
-    monkeypatch.setattr(plot, "require_matplotlib", lambda: None)
+    monkeypatch.setattr(regret, "require_matplotlib", lambda: None)
     found = run(*TINY, "--plot", "x.png", *arguments)
     assert found.exit_code == 2
     assert message in found.stderr

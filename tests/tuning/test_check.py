@@ -9,7 +9,7 @@ from sse_tune.space import Config
 from sse_tune.templates.registry import default_plan
 from sse_tune.tuning import check as admission
 from sse_tune.tuning import inputs
-from sse_tune.tuning.cases import CASES, FINAL, QUICK, case_names
+from sse_tune.tuning.cases import CASES, FINAL, QUICK, case_names, case_problem
 from sse_tune.tuning.check import check_plan, run_case
 from sse_tune.tuning.inputs import build
 
@@ -26,6 +26,16 @@ def whole_plan(problem, device, **changes):
     choice = plan.stages["whole"]
     config = choice.config.replace(chunk_size=16, **changes)
     return Plan(plan.graph, plan.outer, {"whole": type(choice)(choice.backend, choice.template, config)})
+
+
+@pytest.mark.parametrize("sequences", [1, 2, 3, 50])
+@pytest.mark.parametrize("scale", ["tiny", "full"])
+def test_the_ordinary_case_of_packed_sequences_has_some(sequences, scale):
+    problem = problem_of("gdn", num_sequences=sequences)
+    for chunk_size in (16, 64, 128):
+        posed, lengths = case_problem("ordinary", problem, chunk_size, scale)
+        assert min(lengths) > 0
+        assert (sum(lengths), len(lengths)) == (posed.seq_len, posed.num_sequences)
 
 
 @pytest.mark.parametrize("rule", ["gdn", "gla"])
