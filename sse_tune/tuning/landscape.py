@@ -75,7 +75,8 @@ class Templates:
         declared = GRAPHS[self.graph]
         if self.graph != "staged":
             return declared
-        return Space(declared.params, (*declared.constraints, roofline_constraint(self.problem, self.device)))
+        pruned = (roofline_constraint(self.problem, self.device), SPLIT_PAYS)
+        return Space(declared.params, (*declared.constraints, *pruned))
 
     def base(self, outer: Config | None) -> Plan:
         return default_plan(self.problem, self.device, self.backends[0], outer)
@@ -91,6 +92,13 @@ class Templates:
 def predicted_us(problem: Problem, device: Device, outer: Config) -> float:
     """The roofline's time of the staged graph at some outer choices, at a data-centre GPU's rates."""
     return floor_of(problem, device, DATA_CENTRE, outer).time_us
+
+
+# twice the work for fewer steps in a row: where those do not decide, its points would take the others' share
+SPLIT_PAYS = Constraint(
+    "the roofline must predict that split gains",
+    lambda p, c, d: c["split"] == 0 or predicted_us(p, d, c) < predicted_us(p, d, c.replace(split=0)),
+)
 
 
 def roofline_constraint(problem: Problem, device: Device) -> Constraint:

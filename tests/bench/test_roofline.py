@@ -12,7 +12,7 @@ from sse_tune.templates.stages import stages_of
 H200 = Ceilings(copy_bytes_per_s=4.26e12, matmul_flops_per_s=680e12)
 
 
-OUTER = Config(chunk_size=64, state_dtype="io", states="recompute")
+OUTER = Config(chunk_size=64, state_dtype="io", states="recompute", split=0)
 
 
 def floor(problem, ceilings=H200, **outer):

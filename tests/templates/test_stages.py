@@ -8,8 +8,13 @@ from sse_tune.templates.buffers import BUFFERS, Sizes
 from sse_tune.templates.stages import stages_of
 
 OUTERS = {
-    rule: tuple(Config(chunk_size=64, state_dtype="io", states=states) for states in choices)
-    for rule, choices in {"gdn": ("recompute",), "gla": ("store", "recompute")}.items()
+    rule: tuple(
+        Config(chunk_size=64, state_dtype="io", states=states, split=split)
+        for states, split in choices
+    )
+    for rule, choices in {
+        "gdn": (("recompute", 0), ("recompute", 16)), "gla": (("store", 0), ("recompute", 0))
+    }.items()
 }
 PRESETS = ("spikingbrain2-5b", "sse-gla", "sse-gdn", "sse-gla-128")
 
@@ -24,7 +29,7 @@ def test_memory_does_not_grow_with_partitions_beyond_the_states(preset):
     few, many = (Problem.preset(preset, num_partitions=n) for n in (4, 256))
     for outer in OUTERS[many.rule]:
         grown = {
-            name: BUFFERS[name].bytes(Sizes(many, 64), outer) - BUFFERS[name].bytes(Sizes(few, 64), outer)
+            name: BUFFERS[name].bytes(Sizes.of(many, outer), outer) - BUFFERS[name].bytes(Sizes.of(few, outer), outer)
             for name in buffers_of(many, outer)
         }
         # tables of a few integers for each segment and chunk, and one number for each chunk and key

@@ -224,7 +224,7 @@ def test_every_stage_of_both_rules_has_a_template():
         (stage.name, rule)
         for rule, choices in outers.items()
         for states in choices
-        for stage in stages_of(MAIN[rule], Config(chunk_size=64, state_dtype="io", states=states))
+        for stage in stages_of(MAIN[rule], Config(chunk_size=64, state_dtype="io", states=states, split=split))
     }
 
 
