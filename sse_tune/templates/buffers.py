@@ -5,9 +5,9 @@ M = R·L rows, P partitions with the shared one, S sequences, C chunk size. A *s
 partition) in time order: segments 0..S-1 are the shared ones, then S + s·N + p. Segments lie one behind the other with
 no padding, so the rows of the shared stream are the tokens; a row belongs to a *slot* token·L + lane. Each segment is
 cut into *chunks* of C rows, the last one shorter; between two chunks of a segment lies a *boundary*. Where a plan
-splits segments, `split` chunks are a *group*, a segment's last one shorter; what is kept between two groups has the slot
-`boundary // split`: the boundaries it is asked for lie `split` apart or more, so no two share one. No buffer of rows or
-states depends on N: only the tables of segments and chunks, a few integers each, do.
+splits segments, `split` chunks are a *group*, a segment's last one shorter. What is kept between two groups has the
+slot `boundary // split`; such boundaries lie `split` apart or more, so no two share one. No buffer of rows or states
+depends on N: only the tables of segments and chunks, a few integers each, do.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ BUFFERS: dict[str, Buffer] = {
         Buffer("A", "io", _tiles, "GDN: (I+N)^-1"),
         Buffer("h", "state", _states, "state at each boundary"),
         Buffer("group_h", "fp32", _group_states, "GDN: state between two groups"),
-        Buffer("transitions", "fp32", _transitions, "GDN: what the group before makes of a state; no first group has one"),
+        Buffer("transitions", "fp32", _transitions, "GDN: T of the group before, if it is not a first one"),
         Buffer("o_rows", "io", _value_rows, "output of each row"),
         # backward
         Buffer("w", "io", _values, "GDN: W, the values less what the state knows of them"),

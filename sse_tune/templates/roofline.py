@@ -2,9 +2,10 @@
 
 A stage takes no less than its bytes at the copy rate, nor less than its FLOPs at the matrix rate; both follow from
 `stages.py`. One that walks takes no less than its dependent steps either, nor than the steps that fall to one of the
-blocks which run at a time: what few heads and long sequences wait for. The floor of the staged graph is the sum over its stages, since buffers between them go through memory. A
-backend that fuses stages can be faster than that sum, never faster than `fused_us`. `bench` puts measured rates in; a
-search, which only compares outer choices with each other, the declared ones of `DATA_CENTRE`.
+blocks which run at a time: what few heads and long sequences wait for. The floor of the staged graph is the sum over
+its stages, since buffers between them go through memory. A backend that fuses stages can be faster than that sum, never
+faster than `fused_us`. `bench` puts measured rates in; a search, which only compares outer choices with each other, the
+declared ones of `DATA_CENTRE`.
 """
 
 from __future__ import annotations

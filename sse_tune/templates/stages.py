@@ -289,7 +289,8 @@ def stage_names(graph: str, problem: Problem, outer: Config) -> tuple[str, ...]:
 
 def stage_contract(name: str, problem: Problem, outer: Config) -> tuple[object, ...]:
     """What a stage sees of the outer choices: C, how segments are split if it walks along them, and dtype and shape of
-    each buffer it reads or writes. Where two outer points have the same contract, what was measured at one holds at the other."""
+    each buffer it reads or writes. Where two outer points have the same contract, what was measured at one holds at
+    the other."""
     if name == "whole":
         return tuple(sorted(outer.items()))
     sizes = Sizes.of(problem, outer)

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint
-from sse_tune.templates.registry import Call
 from sse_tune.templates.buffers import ITEM_BYTES
+from sse_tune.templates.registry import Call
 
 if TYPE_CHECKING:
     import torch

@@ -1,7 +1,7 @@
 """GDN group gradients: the gradient of the state between two groups of a segment, the groups side by side (gdn_groups).
 
-The walk of `gdn_state_gradient`, of dS alone, through every group but first ones: from zero, or in a segment's last group
-from the gradient of its final state. Then the carry, with the transitions of the forward pass transposed.
+The walk of `gdn_state_gradient`, of dS alone, through every group but first ones: from zero, or in a segment's last
+group from the gradient of its final state. Then the carry, with the transitions of the forward pass transposed.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """GDN group states: the state between two groups of a segment, the groups side by side (gdn_groups).
 
-The walk of `gdn_recompute`, which stores nothing on its way, over the columns of V and those of T beside them: T is what
-the walk makes of the identity where the values are zero, and its columns mix as little as those of V. A segment's first
-group starts from its initial state and has no T. Then the carry.
+The walk of `gdn_recompute`, which stores nothing on its way, over the columns of V and those of T beside them: T is
+what the walk makes of the identity where the values are zero, and its columns mix as little as those of V. A segment's
+first group starts from its initial state and has no T. Then the carry.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@ What a chunk makes of the state is affine, and so is what a group makes of it, e
 
     S_after = T S_before + S_local       T = Π (e^(b_C) I - Kᵀ diag(a e^(b_C - b)) Ag diag(a e^b) K)
 
-with S_local what the group leaves where S_before is zero. Once both are there, a block goes from group to group with one
-product each (`launch_carry`), in fp32 accuracy, and all groups can be walked at once. Backwards dS_before = Tᵀ dS_after +
-dS_local. A segment's first group starts from the call's own state and its last one ends with it, so neither needs a T,
-and segments of up to two groups no product.
+with S_local what the group leaves where S_before is zero. Once both are there, a block goes from group to group with
+one product each (`launch_carry`), in fp32 accuracy, and all groups can be walked at once. Backwards dS_before = Tᵀ
+dS_after + dS_local. A segment's first group starts from the call's own state and its last one ends with it, so neither
+needs a T, and segments of up to two groups no product.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from sse_tune.problem import Problem
-from sse_tune.space import Config, Constraint
+from sse_tune.space import Constraint
 from sse_tune.templates.registry import Call
 from sse_tune.templates.triton import common
 from sse_tune.templates.triton.common import dot_fp32, key_tile, load_state, state_index, store_state, walk_block
@@ -39,7 +39,9 @@ def carry_smem_bytes(problem: Problem) -> int:
     return 4 * bk * bk + 4 * bk * CARRY_COLUMNS + 4096
 
 
-CARRY_FITS = Constraint("the transitions fit in shared memory", lambda p, c, d: carry_smem_bytes(p) <= d.smem_per_block_bytes)
+CARRY_FITS = Constraint(
+    "the transitions fit in shared memory", lambda p, c, d: carry_smem_bytes(p) <= d.smem_per_block_bytes
+)
 
 
 @triton.jit
@@ -172,8 +174,4 @@ def launch_carry(call: Call, tensors: Mapping[str, torch.Tensor], states: str, *
 
 def constraints(row_tiles: int) -> tuple[Constraint, ...]:
     """Those of a stage that walks groups and carries what they add."""
-    return (
-        *common.scan_constraints(row_tiles=row_tiles),
-        CARRY_FITS,
-        Constraint("groups are there where segments are split", lambda p, c, d: bool(c["split"])),
-    )
+    return (*common.scan_constraints(row_tiles=row_tiles), CARRY_FITS)

@@ -99,4 +99,6 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     common.launch_walk(call, gdn_recompute_kernel, arguments)
 
 
-TEMPLATE = Template("triton", "gdn_recompute", "recompute", ("gdn",), SPACE, run, (__name__, common.MODULE, gdn_groups.MODULE))
+TEMPLATE = Template(
+    "triton", "gdn_recompute", "recompute", ("gdn",), SPACE, run, (__name__, common.MODULE, gdn_groups.MODULE)
+)

@@ -48,8 +48,8 @@ SPACE = Space(
 @triton.jit
 def gdn_state_gradient_kernel(
     q, k, shared_q, shared_k, do, P, Ag, k_scale, q_scale, g_cumsum, perm, weights, segment_rows,
-    segment_chunks, segment_boundaries, chunk_table, h, initial_state, d_final_state, group_dh, dh, h_dh, dv_new, dv_rows,
-    d_initial_state, M, n_shared, n_segments, n_sequences, n_all_chunks,
+    segment_chunks, segment_boundaries, chunk_table, h, initial_state, d_final_state, group_dh, dh, h_dh, dv_new,
+    dv_rows, d_initial_state, M, n_shared, n_segments, n_sequences, n_all_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SPLIT: tl.constexpr,
