@@ -63,6 +63,7 @@ MAX_SPILL_BYTES: dict[tuple[str, str], int] = {
     ("gdn_state_gradient", "sm_100"): 384,
     ("gdn_group_states", "sm_80"): 90,
     ("gdn_group_gradients", "sm_80"): 530,
+    ("gdn_group_gradients", "sm_90"): 10,
     ("gdn_group_gradients", "sm_100"): 30,
     ("gdn_score_gradients", "sm_80"): 656,
     ("gdn_gradients", "sm_80"): 440,

@@ -33,7 +33,7 @@ SPACE = Space(
     params=(
         Param("block_v", (32, 64, 128), 64, "columns of the state one block keeps"),
         Param("num_warps", (2, 4, 8), 4, "warps per block"),
-        Param("num_stages", (1, 2, 3), 3, "chunks in flight"),
+        Param("num_stages", (1, 2, 3), 1, "chunks in flight"),
     ),
     constraints=gdn_groups.constraints(row_tiles=2),
 )
