@@ -131,7 +131,7 @@ def record_launches(
     template: Template, problem: Problem, outer: Config, config: Config, *, with_states: bool = True
 ) -> list[Launch]:
     """The launches a stage would make, on meta tensors."""
-    sizes, launcher = Sizes(problem, int(outer["chunk_size"])), RecordingLauncher()
+    sizes, launcher = Sizes.of(problem, outer), RecordingLauncher()
     stage = next(stage for stage in stages_of(problem, outer) if stage.name == template.stage)
     tensors = meta_tensors(stage, sizes, outer, with_states=with_states)
     template.run(Call(sizes, Config({**outer, **config}), launcher, problem.key_dim**-0.5), tensors)

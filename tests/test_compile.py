@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 PROBLEM = Problem(rule="gdn", seq_len=512, num_heads=2, head_dim=64)
-OUTER = Config(chunk_size=64, state_dtype="io", states="recompute")
+OUTER = Config(chunk_size=64, state_dtype="io", states="recompute", split=0)
 
 
 @triton.jit
@@ -142,7 +142,7 @@ def test_meta_tensors_are_those_of_the_stage(rule, partitions):
         rule=rule, seq_len=100, num_heads=3, head_dim=32, head_dim_v=48, num_partitions=partitions,
         top_k=min(partitions, 2), dtype="fp16",
     )  # fmt: skip
-    outer = Config(chunk_size=16, state_dtype="fp32", states="recompute")
+    outer = Config(chunk_size=16, state_dtype="fp32", states="recompute", split=0)
     for stage in stages_of(problem, outer):
         tensors = meta_tensors(stage, Sizes(problem, 16), outer)
         assert all(tensor.is_meta for tensor in tensors.values())

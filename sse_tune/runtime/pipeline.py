@@ -64,7 +64,7 @@ class Inputs:
 
 
 def sizes_of(plan: Plan, problem: Problem) -> Sizes:
-    return Sizes(problem, int(plan.outer.get("chunk_size", 64)))
+    return Sizes.of(problem, plan.outer)
 
 
 def buffer_spec(name: str, problem: Problem, plan: Plan) -> tuple[tuple[int, ...], torch.dtype]:

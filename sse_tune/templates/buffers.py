@@ -4,8 +4,10 @@ Words: R = B·T tokens, L lanes (rows a token takes part in: the shared one firs
 M = R·L rows, P partitions with the shared one, S sequences, C chunk size. A *segment* is the rows of one (sequence,
 partition) in time order: segments 0..S-1 are the shared ones, then S + s·N + p. Segments lie one behind the other with
 no padding, so the rows of the shared stream are the tokens; a row belongs to a *slot* token·L + lane. Each segment is
-cut into *chunks* of C rows, the last one shorter; between two chunks of a segment lies a *boundary*. No buffer of rows
-or states depends on N: only the tables of segments and chunks, a few integers each, do.
+cut into *chunks* of C rows, the last one shorter; between two chunks of a segment lies a *boundary*. Where a plan
+splits segments, `split` chunks are a *group*, a segment's last one shorter. What is kept between two groups has the
+slot `boundary // split`; such boundaries lie `split` apart or more, so no two share one. No buffer of rows or states
+depends on N: only the tables of segments and chunks, a few integers each, do.
 """
 
 from __future__ import annotations
@@ -25,6 +27,12 @@ class Sizes:
 
     problem: Problem
     chunk_size: int
+    split: int = 0  # chunks of a group; 0: segments are not split
+
+    @classmethod
+    def of(cls, problem: Problem, outer: Config) -> Sizes:
+        """Those of a plan's outer choices."""
+        return cls(problem, int(outer.get("chunk_size", 64)), int(outer.get("split", 0)))
 
     @property
     def tokens(self) -> int:
@@ -57,6 +65,29 @@ class Sizes:
     def boundaries(self) -> int:
         """The static bound on boundaries: a segment of n rows has (n - 1) // C."""
         return max(1, (self.rows - 1) // self.chunk_size)
+
+    @property
+    def group_slots(self) -> int:
+        """The static bound on what lies between groups."""
+        return -(-self.boundaries // self.split) if self.split else 0
+
+    @property
+    def windows(self) -> int:
+        """Of `split` chunks of the chunk table: none has the start of two groups besides first ones of segments, nor
+        the end of two besides last ones."""
+        return -(-self.chunks // self.split) if self.split else 0
+
+    @property
+    def walks(self) -> int:
+        """The static bound on walks: one for each segment, and where they are split for each group after its first."""
+        return self.segments + self.windows
+
+    @property
+    def longest_chunks(self) -> float:
+        """Chunks of the longest segment, were sequences equally long and partitions equally liked: an estimate."""
+        sparse = max(self.problem.top_k, self.problem.readers) / max(1, self.problem.num_partitions)
+        rows = self.tokens / self.problem.sequences * (1.0 if self.problem.shared else sparse)
+        return max(1.0, rows / self.chunk_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +134,14 @@ def _value_rows(s: Sizes) -> tuple[int, ...]:
 
 def _states(s: Sizes) -> tuple[int, ...]:
     return (s.boundaries, s.problem.num_heads, s.problem.key_dim, s.problem.value_dim)
+
+
+def _group_states(s: Sizes) -> tuple[int, ...]:
+    return (s.group_slots, s.problem.num_heads, s.problem.key_dim, s.problem.value_dim)
+
+
+def _transitions(s: Sizes) -> tuple[int, ...]:
+    return (s.group_slots, s.problem.num_heads, s.problem.key_dim, s.problem.key_dim)
 
 
 def _decays(s: Sizes) -> tuple[int, ...]:
@@ -155,9 +194,12 @@ BUFFERS: dict[str, Buffer] = {
         Buffer("Ag", "io", _tiles, "GDN: G∘A∘beta_col, from W to V'"),
         Buffer("A", "io", _tiles, "GDN: (I+N)^-1"),
         Buffer("h", "state", _states, "state at each boundary"),
+        Buffer("group_h", "fp32", _group_states, "GDN: state between two groups"),
+        Buffer("transitions", "fp32", _transitions, "GDN: T of the group before, if it is not a first one"),
         Buffer("o_rows", "io", _value_rows, "output of each row"),
         # backward
         Buffer("w", "io", _values, "GDN: W, the values less what the state knows of them"),
+        Buffer("group_dh", "fp32", _group_states, "GDN: gradient of the state between two groups"),
         Buffer("dh", "state", _states, "gradient of the state at each boundary"),
         Buffer("h_dh", "fp32", _state_products, "GDN: <h, dh> of each chunk by key, in parts of 64 columns of V"),
         Buffer("dv_new", "io", _values, "GDN: gradient of V'"),

@@ -1,9 +1,11 @@
 """The floor of a problem: how long each stage must take at least, given how fast a device copies and multiplies.
 
-A stage takes no less than its bytes at the copy rate, nor less than its FLOPs at the matrix rate; both are counted in
-`stages.py`. The floor of the staged graph is the sum over its stages, since buffers between them go through memory. A
-backend that fuses stages can be faster than that sum, never faster than `fused_us`. `bench` puts measured rates in; a
-search, which only compares outer choices with each other, the declared ones of `DATA_CENTRE`.
+A stage takes no less than its bytes at the copy rate, nor less than its FLOPs at the matrix rate; both follow from
+`stages.py`. One that walks takes no less than its dependent steps either, nor than the steps that fall to one of the
+blocks which run at a time: what few heads and long sequences wait for. The floor of the staged graph is the sum over
+its stages, since buffers between them go through memory. A backend that fuses stages can be faster than that sum, never
+faster than `fused_us`. `bench` puts measured rates in; a search, which only compares outer choices with each other, the
+declared ones of `DATA_CENTRE`.
 """
 
 from __future__ import annotations
@@ -13,31 +15,37 @@ import dataclasses
 from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.space import Config
-from sse_tune.templates.buffers import BUFFERS, ITEM_BYTES
-from sse_tune.templates.stages import GRAPHS, Stage, stage_bytes, stages_of
+from sse_tune.templates.buffers import BUFFERS, ITEM_BYTES, Sizes
+from sse_tune.templates.outer import walk_steps
+from sse_tune.templates.stages import GRAPHS, Stage, stages_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What a device does at most, measured: bytes read and written, and FLOPs of a matrix product."""
+    """What a device does at most, measured: bytes read and written, and FLOPs of a matrix product.
+
+    `step_us`: of a walk, a chunk of 64 rows: no kernel is expected to be faster (docs/log.md).
+    """
 
     copy_bytes_per_s: float
     matmul_flops_per_s: float
+    step_us: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
 class StageFloor:
-    """The least time of one stage: the longer of moving its bytes and doing its FLOPs."""
+    """The least time of one stage: the longest of moving its bytes, doing its FLOPs and walking its chunks."""
 
     name: str
     bytes: int
     flops: float
     memory_us: float
     compute_us: float
+    walk_us: float = 0.0
 
     @property
     def time_us(self) -> float:
-        return max(self.memory_us, self.compute_us)
+        return max(self.memory_us, self.compute_us, self.walk_us)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +67,11 @@ class Floor:
         return sum(stage.time_us for stage in self.stages)
 
 
-# what a search counts with: the ratio of the two rates decides, and data-centre GPUs do not differ much in it
-DATA_CENTRE = Ceilings(3e12, 300e12)
+BLOCKS_PER_MULTIPROCESSOR = 2  # of a walk, at a time
+
+# what a search counts with: the ratio of the two rates decides, and data-centre GPUs do not differ much in it; steps as
+# long as today's are, since what is compared is how to avoid them
+DATA_CENTRE = Ceilings(3e12, 300e12, step_us=4.0)
 
 
 def floor_of(problem: Problem, device: Device, ceilings: Ceilings, outer: Config | None = None) -> Floor:
@@ -80,6 +91,7 @@ def floor_of(problem: Problem, device: Device, ceilings: Ceilings, outer: Config
             flops := _stage_flops(stage, problem, int(chosen["chunk_size"])),
             1e6 * moved / ceilings.copy_bytes_per_s,
             1e6 * flops / ceilings.matmul_flops_per_s,
+            _walk_us(Sizes.of(problem, chosen), device, ceilings) if stage.walks else 0.0,
         )
         for stage in stages_of(problem, chosen)
     )
@@ -112,7 +124,52 @@ def call_bytes(problem: Problem, outer: Config) -> int:
     return total  # states and cu_seqlens, a few kilobytes a sequence, are left out
 
 
+def _walk_us(sizes: Sizes, device: Device, ceilings: Ceilings) -> float:
+    """The time of a walk's steps: the longest one's, or if that is more what falls to each block of the device."""
+    longest, total = walk_steps(sizes)
+    step_us = ceilings.step_us * sizes.chunk_size / 64
+    return step_us * max(longest, total / (BLOCKS_PER_MULTIPROCESSOR * device.multiprocessors))
+
+
 def _stage_flops(stage: Stage, problem: Problem, chunk_size: int) -> float:
     """FLOPs of a stage over all rows and heads, padding not counted."""
     rows = problem.batch * problem.seq_len * problem.lanes
     return stage.flops(problem, chunk_size) * rows * problem.num_heads
+
+
+def stage_bytes(stage: Stage, problem: Problem, outer: Config) -> int:
+    """Bytes a stage must move: every input and output once, gathered rows once per row."""
+    sizes = Sizes.of(problem, outer)
+    item = ITEM_BYTES[problem.dtype]
+    row_heads = sizes.rows * problem.num_heads
+    token_heads = sizes.tokens * problem.num_heads
+    gate_width = problem.key_dim if problem.rule == "gla" else 1
+    states = sizes.segments * problem.num_heads * problem.key_dim * problem.value_dim * 4
+    logits = sizes.tokens * problem.num_partitions * 4
+    per_row = {
+        "q": problem.key_dim * item, "k": problem.key_dim * item, "v": problem.value_dim * item,
+        "do": problem.value_dim * item, "g": gate_width * item, "beta": item,
+    }
+    per_token = {
+        "o": problem.value_dim * item, "d_v": problem.value_dim * item,
+    }
+    for stream in ("d_", "d_shared_"):
+        per_token |= {
+            f"{stream}q": problem.key_dim * item, f"{stream}k": problem.key_dim * item,
+            f"{stream}g": gate_width * item, f"{stream}beta": item,
+        }
+    whole = {
+        "router_logits": logits, "d_router_logits": logits, "cu_seqlens": 4 * (problem.sequences + 1),
+        "initial_state": states, "final_state": states, "d_initial_state": states, "d_final_state": states,
+    }
+    total = 0
+    for name in (*stage.reads, *stage.writes):
+        if name in BUFFERS:
+            total += BUFFERS[name].bytes(sizes, outer)
+        elif name in per_row:
+            total += per_row[name] * row_heads
+        elif name in per_token:
+            total += per_token[name] * token_heads
+        else:
+            total += whole[name]
+    return total

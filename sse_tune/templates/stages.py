@@ -10,8 +10,9 @@ from collections.abc import Callable
 
 from sse_tune.errors import PlanError
 from sse_tune.problem import Problem
-from sse_tune.space import Config, Constraint, Param, Space
-from sse_tune.templates.buffers import BUFFERS, ITEM_BYTES, Sizes
+from sse_tune.space import Config, Space
+from sse_tune.templates.buffers import BUFFERS, Sizes
+from sse_tune.templates.outer import STAGED_OUTER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Stage:
 
     `flops` is per row and head. `reads` and `writes` name buffers of `BUFFERS` or tensors of the call: its inputs,
     `o`, `final_state`, `do`, `d_final_state`, and `d_` + an input for gradients. Reading q, k, g or beta is reading
-    `shared_q`, ... in shared segments.
+    `shared_q`, ... in shared segments. `walks`: its chunks are steps that wait for one another, along a segment or,
+    where segments are split, a group.
     """
 
     name: str
@@ -28,11 +30,13 @@ class Stage:
     writes: tuple[str, ...]
     flops: Callable[[Problem, int], float]
     backward: bool = False
+    walks: bool = False
 
 
 _WALK = ("perm", "weights", "segment_rows", "segment_boundaries")
 _CHUNK = ("perm", "weights", "chunk_table")
 _QKV = ("q", "k", "v")
+_BETWEEN_GROUPS = ("group_h", "transitions", "group_dh")
 _ROW_GRADIENTS = ("dq_rows", "dk_rows", "dg_rows", "de_rows")
 
 
@@ -47,6 +51,11 @@ def _no_flops(p: Problem, c: int) -> float:
 
 def _key_value(p: Problem) -> float:
     return float(p.key_dim * p.value_dim)
+
+
+def _carry(p: Problem, rows: int) -> float:
+    """A group's transition times the state before it, in three products, to each of its rows."""
+    return 6.0 * p.key_dim * _key_value(p) / rows
 
 
 _ROUTING = Stage(
@@ -137,6 +146,7 @@ def _gla_recomputed(problem: Problem) -> tuple[Stage, ...]:
             (*_WALK, *_QKV, "P", *scales, "initial_state"),
             ("o_rows", "final_state"),
             lambda p, c: 4 * _key_value(p) + 2 * c * p.value_dim,
+            walks=True,
         ),
         _COMBINE,
     )
@@ -150,6 +160,7 @@ def _gla_recomputed(problem: Problem) -> tuple[Stage, ...]:
             ("h",),
             lambda p, c: 2 * _key_value(p),
             backward=True,
+            walks=True,
         ),
         Stage(
             "state_gradient",
@@ -157,15 +168,35 @@ def _gla_recomputed(problem: Problem) -> tuple[Stage, ...]:
             ("dh", "dv_rows", "d_initial_state"),
             lambda p, c: 4 * _key_value(p) + 2 * c * p.value_dim,
             backward=True,
+            walks=True,
         ),
         _gla_gradients(problem),
         _combine_gradients(problem),
     )
 
 
-def _gdn_stages(problem: Problem) -> tuple[Stage, ...]:
+def _gdn_stages(problem: Problem, split: int) -> tuple[Stage, ...]:
+    """With segments split, what each group adds and what it makes of the state before it come first: then all groups
+    are walked side by side. The two more stages walk as well."""
     scales = ("k_scale", "q_scale", "g_cumsum")
     inverse = ("A",) if problem.trains else ()
+    walk = (*_WALK, "chunk_table") if split else _WALK
+    group_h, group_dh = (("group_h",), ("group_dh",)) if split else ((), ())
+    group_states = Stage(
+        "group_states",
+        (*walk, "k", "v", "Ag", "k_scale", "g_cumsum", "initial_state"),
+        ("group_h", "transitions"),
+        lambda p, c: (4 * p.key_dim + 2 * c) * (p.key_dim + p.value_dim) + _carry(p, c * split),
+        walks=True,
+    )
+    group_gradients = Stage(
+        "group_gradients",
+        (*walk, "q", "k", "do", "P", "Ag", *scales, "d_final_state", "transitions"),
+        ("group_dh",),
+        lambda p, c: 6 * _key_value(p) + 4 * c * p.value_dim + _carry(p, c * split),
+        backward=True,
+        walks=True,
+    )
     forward = (
         _ROUTING,
         Stage(
@@ -174,11 +205,13 @@ def _gdn_stages(problem: Problem) -> tuple[Stage, ...]:
             ("P", "k_scale", "q_scale", "Ag", "g_cumsum", *inverse),
             lambda p, c: 4 * c * p.key_dim + 2 / 3 * c * c,
         ),
+        *((group_states,) if split else ()),
         Stage(
             "scan",
-            (*_WALK, *_QKV, "P", "Ag", *scales, "initial_state"),
+            (*walk, *_QKV, "P", "Ag", *scales, "initial_state", *group_h),
             ("o_rows", "final_state"),
             lambda p, c: 6 * _key_value(p) + 4 * c * p.value_dim,
+            walks=True,
         ),
         _COMBINE,
     )
@@ -188,17 +221,23 @@ def _gdn_stages(problem: Problem) -> tuple[Stage, ...]:
         *forward,
         Stage(
             "recompute",
-            (*_WALK, "k", "v", "Ag", "k_scale", "g_cumsum", "initial_state"),
+            (*walk, "k", "v", "Ag", "k_scale", "g_cumsum", "initial_state", *group_h),
             ("h", "w"),
             lambda p, c: 4 * _key_value(p) + 2 * c * p.value_dim,
             backward=True,
+            walks=True,
         ),
+        *((group_gradients,) if split else ()),
         Stage(
             "state_gradient",
-            (*_WALK, "segment_chunks", "q", "k", "do", "P", "Ag", *scales, "d_final_state", "h", "initial_state"),
+            (
+                *walk, "segment_chunks", "q", "k", "do", "P", "Ag", *scales, "d_final_state", "h", "initial_state",
+                *group_dh,
+            ),
             ("dh", "dv_rows", "d_initial_state", "dv_new", "h_dh"),
             lambda p, c: 6 * _key_value(p) + 4 * c * p.value_dim,
             backward=True,
+            walks=True,
         ),
         Stage(
             "score_gradients",
@@ -225,29 +264,13 @@ def stages_of(problem: Problem, outer: Config) -> tuple[Stage, ...]:
     """The staged graph of a problem under a plan's outer choices, in the order the stages run.
 
     Raises PlanError when a choice that decides is missing: a plan written by another version."""
+    decides = "split" if problem.rule == "gdn" else "states"
+    if decides not in outer:
+        raise PlanError(f"a plan must choose `{decides}`", f"only {sorted(outer)}", "search again for this problem")
     if problem.rule == "gdn":
-        return _gdn_stages(problem)
-    if "states" not in outer:
-        raise PlanError("a plan must choose `states`", f"only {sorted(outer)}", "search again for this problem")
+        return _gdn_stages(problem, int(outer["split"]))
     return _gla_stored(problem) if outer["states"] == "store" else _gla_recomputed(problem)
 
-
-STAGED_OUTER = Space(
-    params=(
-        Param("chunk_size", (16, 32, 64, 128), 64, "C, rows of one chunk"),
-        Param("state_dtype", ("io", "fp32"), "io", "of the stored chunk states: the problem's dtype, or fp32"),
-        Param("states", ("recompute", "store"), "recompute",
-              "gone through with the output and once more for the gradients; GLA: or kept at boundaries for both"),
-    ),
-    constraints=(
-        # every row tile is held in registers next to the state: C·K fp32 beyond this spills on all targets
-        Constraint("chunk_size * K <= 16384", lambda p, c, d: c["chunk_size"] * p.head_dim <= 16384),
-        Constraint("C=128 needs 16-bit operands", lambda p, c, d: c["chunk_size"] < 128 or p.dtype != "fp32"),
-        Constraint("fp32 states differ from io only for 16-bit dtypes in training",
-                   lambda p, c, d: c["state_dtype"] == "io" or (p.dtype != "fp32" and p.trains)),
-        Constraint("GDN recomputes its states", lambda p, c, d: p.rule == "gla" or c["states"] == "recompute"),
-    ),
-)
 
 # graph name -> the outer space its plans choose from
 GRAPHS: dict[str, Space] = {"staged": STAGED_OUTER, "whole": Space()}
@@ -265,49 +288,14 @@ def stage_names(graph: str, problem: Problem, outer: Config) -> tuple[str, ...]:
 
 
 def stage_contract(name: str, problem: Problem, outer: Config) -> tuple[object, ...]:
-    """What a stage sees of the outer choices: C, and dtype and shape of each buffer it reads or writes. Where two outer
-    points have the same contract, what was measured at one holds at the other."""
+    """What a stage sees of the outer choices: C, how segments are split if it walks along them, and dtype and shape of
+    each buffer it reads or writes. Where two outer points have the same contract, what was measured at one holds at
+    the other."""
     if name == "whole":
         return tuple(sorted(outer.items()))
-    sizes = Sizes(problem, int(outer["chunk_size"]))
+    sizes = Sizes.of(problem, outer)
     (stage,) = (stage for stage in stages_of(problem, outer) if stage.name == name)
     seen = [BUFFERS[buffer] for buffer in (*stage.reads, *stage.writes) if buffer in BUFFERS]
-    return sizes.chunk_size, *((buffer.name, buffer.dtype_in(problem, outer), buffer.shape(sizes)) for buffer in seen)
-
-
-def stage_bytes(stage: Stage, problem: Problem, outer: Config) -> int:
-    """Bytes a stage must move: every input and output once, gathered rows once per row."""
-    sizes = Sizes(problem, int(outer["chunk_size"]))
-    item = ITEM_BYTES[problem.dtype]
-    row_heads = sizes.rows * problem.num_heads
-    token_heads = sizes.tokens * problem.num_heads
-    gate_width = problem.key_dim if problem.rule == "gla" else 1
-    states = sizes.segments * problem.num_heads * problem.key_dim * problem.value_dim * 4
-    logits = sizes.tokens * problem.num_partitions * 4
-    per_row = {
-        "q": problem.key_dim * item, "k": problem.key_dim * item, "v": problem.value_dim * item,
-        "do": problem.value_dim * item, "g": gate_width * item, "beta": item,
-    }
-    per_token = {
-        "o": problem.value_dim * item, "d_v": problem.value_dim * item,
-    }
-    for stream in ("d_", "d_shared_"):
-        per_token |= {
-            f"{stream}q": problem.key_dim * item, f"{stream}k": problem.key_dim * item,
-            f"{stream}g": gate_width * item, f"{stream}beta": item,
-        }
-    whole = {
-        "router_logits": logits, "d_router_logits": logits, "cu_seqlens": 4 * (problem.sequences + 1),
-        "initial_state": states, "final_state": states, "d_initial_state": states, "d_final_state": states,
-    }
-    total = 0
-    for name in (*stage.reads, *stage.writes):
-        if name in BUFFERS:
-            total += BUFFERS[name].bytes(sizes, outer)
-        elif name in per_row:
-            total += per_row[name] * row_heads
-        elif name in per_token:
-            total += per_token[name] * token_heads
-        else:
-            total += whole[name]
-    return total
+    split = (("split", sizes.split),) if any(buffer.name in _BETWEEN_GROUPS for buffer in seen) else ()
+    shapes = ((buffer.name, buffer.dtype_in(problem, outer), buffer.shape(sizes)) for buffer in seen)
+    return sizes.chunk_size, *split, *shapes

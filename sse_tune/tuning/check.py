@@ -189,9 +189,11 @@ def _judge(
 
 
 def chunk_size_of(plan: Plan) -> int:
-    """C of a plan, wherever its graph keeps it."""
+    """C of a plan, wherever its graph keeps it; of one that splits segments the rows of a group, so that the hazards'
+    lengths, which are told in chunks, meet the ends of groups, which are ends of chunks too."""
     sizes = [plan.outer.get("chunk_size"), *(choice.config.get("chunk_size") for choice in plan.stages.values())]
-    return next((int(size) for size in sizes if size is not None), 64)
+    chunk_size = next((int(size) for size in sizes if size is not None), 64)
+    return chunk_size * max(1, int(plan.outer.get("split", 0)))
 
 
 def poisoned(shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

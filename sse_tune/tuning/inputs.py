@@ -52,7 +52,7 @@ def build(name: str, problem: Problem, chunk_size: int, device: str, scale: str)
     Args:
         name: one of `CASES`.
         problem: the one at hand: rule, dtype, direction and, where the hazard does not set them, its sizes.
-        chunk_size: C of the plan to be checked.
+        chunk_size: C of the plan to be checked, or the rows of a group (`check.chunk_size_of`).
         device: torch's name of where the tensors go.
         scale: "tiny" (T <= 40, two heads, K <= 32), "full" or "big".
     """

@@ -79,7 +79,8 @@ class Templates:
         if self.graph != "staged":
             return declared
         joint = self.workload.joint(declared)
-        return Space(joint.params, (*joint.constraints, roofline_constraint(self.workload, self.device)))
+        pruned = (roofline_constraint(self.workload, self.device), split_pays(self.workload, self.device))
+        return Space(joint.params, (*joint.constraints, *pruned))
 
     def base(self, outer: Config | None) -> Plan:
         return base_plan(self.workload, self.device, self.backends[0], outer)
@@ -114,27 +115,35 @@ def base_plan(workload: Workload, device: Device, backend: str | None = None, ou
     raise refused
 
 
-def predicted_us(problem: Problem, device: Device, outer: Config) -> float:
-    """The roofline's time of the staged graph at some outer choices, at a data-centre GPU's rates."""
-    return floor_of(problem, device, DATA_CENTRE, outer).time_us
+@functools.lru_cache(maxsize=None)
+def predicted_us(workload: Workload, device: Device, outer: Config) -> float:
+    """The roofline's time of the staged graph at some outer choices, at a data-centre GPU's rates; expected over the
+    entries."""
+    times = (floor_of(entry.problem, device, DATA_CENTRE, outer).time_us for entry in workload.entries)
+    return math.fsum(entry.weight * time_us for entry, time_us in zip(workload.entries, times))
+
+
+def split_pays(workload: Workload, device: Device) -> Constraint:
+    """Refuses splits that do not gain: they are twice the work for fewer steps in a row, and where those do not decide,
+    their points would take the others' share of the budget."""
+
+    def holds(p: Problem, config: Config, d: Device) -> bool:
+        whole = config.replace(split=0)
+        return config == whole or predicted_us(workload, device, config) < predicted_us(workload, device, whole)
+
+    return Constraint("the roofline must predict that split gains", holds)
 
 
 def roofline_constraint(workload: Workload, device: Device) -> Constraint:
-    """Refuses the outer choices that the roofline puts far behind the best, by the expected time of all entries; the
-    declared default stays."""
-
-    @functools.lru_cache(maxsize=None)
-    def expected_us(outer: Config) -> float:
-        return math.fsum(entry.weight * predicted_us(entry.problem, device, outer) for entry in workload.entries)
-
-    problem = workload.problem
+    """Refuses the outer choices that the roofline puts far behind the best; the declared default stays."""
     try:
         default = base_plan(workload, device).outer
     except ConstraintError:
         default = Config()
-    best = min(map(expected_us, workload.joint(GRAPHS["staged"]).configs(problem, device)), default=0.0)
+    configs = workload.joint(GRAPHS["staged"]).configs(workload.problem, device)
+    best = min((predicted_us(workload, device, outer) for outer in configs), default=0.0)
 
     def holds(p: Problem, config: Config, d: Device) -> bool:
-        return config == default or expected_us(config) <= PRUNE_RATIO * best
+        return config == default or predicted_us(workload, device, config) <= PRUNE_RATIO * best
 
     return Constraint(f"the roofline must predict at most {PRUNE_RATIO} times the {best:.0f} us of the best", holds)

@@ -28,8 +28,11 @@ class Track:
     first_us: float | None = None
 
     def urgency(self) -> float:
-        """Stages that take longer, and were tried less, come first; a stage that was never timed before all."""
-        return float("inf") if self.asked == 0 else (self.first_us or 1.0) / (self.asked + 2)
+        """Stages that take longer, were tried less and have more left to try come first; one never timed before all."""
+        if self.asked == 0:
+            return float("inf")
+        left = max(0, len(self.study.configs) - self.asked) / len(self.study.configs)
+        return left * (self.first_us or 1.0) / (self.asked + 2)
 
     def tell(self, choice: StageChoice, time_us: float | None) -> None:
         self.study.tell(choice.config, time_us)

@@ -20,7 +20,7 @@ from sse_tune.errors import SearchError
 from sse_tune.space import Value
 
 SAMPLERS = ("auto", "tpe", "gp", "random", "exhaustive")
-STARTUP_TRIALS = 6  # drawn at random before a model is made of them
+STARTUP_TRIALS = 4  # drawn at random before a model is made of them
 _GP_NEEDS = ("torch", "scipy")
 
 

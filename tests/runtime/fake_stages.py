@@ -21,7 +21,7 @@ ROWS = {"q": "dq_rows", "k": "dk_rows", "g": "dg_rows", "beta": "dbeta_rows"}
 
 
 def plan_of(problem, chunk_size=16):
-    config, outer = Config(), Config(chunk_size=chunk_size, state_dtype="io", states="recompute")
+    config, outer = Config(), Config(chunk_size=chunk_size, state_dtype="io", states="recompute", split=0)
     stages = {stage.name: StageChoice("fake", stage.name, config) for stage in stages_of(problem, outer)}
     return Plan("staged", outer, stages)
 

@@ -210,15 +210,16 @@ def test_devices_have_names():
 
 @pytest.mark.parametrize("rule", ["gla", "gdn"])
 @pytest.mark.parametrize("direction", ["fwd", "fwd+bwd"])
-def test_answers_of_a_version_with_other_outer_choices_are_refused_with_the_reason(rule, direction, home):
+@pytest.mark.parametrize("choice", ["states", "split"])
+def test_answers_of_a_version_with_other_outer_choices_are_refused_with_the_reason(rule, direction, choice, home):
     """Their templates may be the same as today's: then nothing but the plan says that they do not fit."""
     trained = Problem(rule=rule, seq_len=512, num_heads=2, head_dim=64)
     plan = default_plan(trained, HOPPER)
-    older = dataclasses.replace(plan, outer=Config({k: v for k, v in plan.outer.items() if k != "states"}))
+    older = dataclasses.replace(plan, outer=Config({k: v for k, v in plan.outer.items() if k != choice}))
     store(home, Answer(
         bucket=trained.bucket.name, device=HOPPER.slug, arch=HOPPER.arch, toolchain=toolchain_of(older, toolchain()),
         sources=sources_of(older), problem=trained.to_dict(), plan=older, time_us=100.0, default_time_us=150.0,
     ))  # fmt: skip
     decision = decide(trained.replace(direction=direction), HOPPER)
     assert decision.source == "default"
-    assert "states" in decision.refused[0]
+    assert choice in decision.refused[0]

@@ -1,15 +1,18 @@
 """The contract between stages: what its buffers take."""
 
 import pytest
+import torch
 
 from sse_tune.problem import Problem
 from sse_tune.space import Config
 from sse_tune.templates.buffers import BUFFERS, Sizes
-from sse_tune.templates.stages import stages_of
+from sse_tune.templates.stages import stage_contract, stages_of
 
 OUTERS = {
-    rule: tuple(Config(chunk_size=64, state_dtype="io", states=states) for states in choices)
-    for rule, choices in {"gdn": ("recompute",), "gla": ("store", "recompute")}.items()
+    rule: tuple(Config(chunk_size=64, state_dtype="io", states=states, split=split) for states, split in choices)
+    for rule, choices in {
+        "gdn": (("recompute", 0), ("recompute", 16)), "gla": (("store", 0), ("recompute", 0))
+    }.items()
 }
 PRESETS = ("spikingbrain2-5b", "sse-gla", "sse-gdn", "sse-gla-128")
 
@@ -24,7 +27,7 @@ def test_memory_does_not_grow_with_partitions_beyond_the_states(preset):
     few, many = (Problem.preset(preset, num_partitions=n) for n in (4, 256))
     for outer in OUTERS[many.rule]:
         grown = {
-            name: BUFFERS[name].bytes(Sizes(many, 64), outer) - BUFFERS[name].bytes(Sizes(few, 64), outer)
+            name: BUFFERS[name].bytes(Sizes.of(many, outer), outer) - BUFFERS[name].bytes(Sizes.of(few, outer), outer)
             for name in buffers_of(many, outer)
         }
         # tables of a few integers for each segment and chunk, and one number for each chunk and key
@@ -60,3 +63,41 @@ def test_static_bounds_hold_for_any_routing(preset, lengths):
     assert sum(rows) == sizes.rows
     assert sum(-(-n // 64) for n in rows) <= sizes.chunks
     assert sum(max(-(-n // 64) - 1, 0) for n in rows) <= sizes.boundaries
+
+
+@pytest.mark.parametrize("split", [1, 2, 16])
+def test_slots_and_windows_hold_one_group_each(split):
+    """Whatever the segments: what lies between two groups has a slot of its own, and no window of the chunk table the
+    start, or the end, of two groups."""
+    random = torch.Generator().manual_seed(split)
+    for _ in range(20):
+        lengths = torch.randint(0, 9, (7,), generator=random) * torch.randint(1, 9, (7,), generator=random)
+        rows = (64 * split * lengths // 4 + torch.randint(-3, 4, (7,), generator=random)).clamp(min=0).tolist()
+        problem = Problem.preset("sse-gdn", seq_len=max(1, sum(rows)), num_partitions=7, top_k=1, shared=False)
+        sizes, slots, starts, ends = Sizes(problem, 64, split), [], [], []
+        chunk = boundary = 0
+        for n in rows:
+            chunks = -(-n // 64)
+            for group in range(-(-chunks // split) - 1):  # what lies between it and the next one
+                slots.append((boundary + (group + 1) * split - 1) // split)
+                ends.append((chunk + (group + 1) * split - 1) // split)
+                starts.append((chunk + (group + 1) * split) // split)
+            chunk, boundary = chunk + chunks, boundary + max(chunks - 1, 0)
+        assert slots == sorted(set(slots))
+        assert all(slot < sizes.group_slots for slot in slots)
+        for windows in (starts, ends):
+            assert windows == sorted(set(windows))
+            assert all(window < sizes.windows for window in windows)
+
+
+def test_only_stages_that_walk_see_how_segments_are_split():
+    problem = Problem.preset("spikingbrain2-5b", seq_len=2048)
+    outers = [OUTERS["gdn"][0].replace(split=split) for split in (0, 64, 128)]  # groups longer than the sequence
+    for name in [stage.name for stage in stages_of(problem, outers[1])]:
+        seen = {
+            stage_contract(name, problem, outer)
+            for outer in outers
+            if name in {stage.name for stage in stages_of(problem, outer)}
+        }
+        walks = {"group_states": 2, "group_gradients": 2, "scan": 3, "recompute": 3, "state_gradient": 3}
+        assert len(seen) == walks.get(name, 1), name

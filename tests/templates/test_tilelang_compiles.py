@@ -27,7 +27,7 @@ RAGGED = Problem(
     rule="gdn", seq_len=3001, num_heads=3, head_dim=64, head_dim_v=192, dtype="fp16", num_sequences=7,
     num_partitions=5, top_k=2, read_k=3, shared=False, norm="after",
 )  # fmt: skip
-OUTER = Config(chunk_size=64, state_dtype="io", states="recompute")
+OUTER = Config(chunk_size=64, state_dtype="io", states="recompute", split=0)
 NAMES = ("gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_gradients")
 # stack bytes of a thread, where a default spills
 MAX_SPILL_BYTES: dict[tuple[str, str], int] = {}

@@ -61,6 +61,10 @@ MAX_SPILL_BYTES: dict[tuple[str, str], int] = {
     ("gdn_state_gradient", "sm_80"): 1056,
     ("gdn_state_gradient", "sm_90"): 256,
     ("gdn_state_gradient", "sm_100"): 384,
+    ("gdn_group_states", "sm_80"): 90,
+    ("gdn_group_gradients", "sm_80"): 530,
+    ("gdn_group_gradients", "sm_90"): 10,
+    ("gdn_group_gradients", "sm_100"): 30,
     ("gdn_score_gradients", "sm_80"): 656,
     ("gdn_gradients", "sm_80"): 440,
     ("gla_prepare", "sm_80"): 616,
@@ -119,7 +123,10 @@ def corner_cases():
     for template, rule in served():
         if rule != template.rules[0]:
             continue  # what serves both rules was seen with the other one
-        for param in (param for param in GRAPHS["staged"].params if param.name != "states"):  # a graph of its own
+        walks_groups = any(module.endswith("gdn_groups") for module in template.sources)
+        for param in GRAPHS["staged"].params:
+            if param.name == "states" or (param.name == "split" and not walks_groups):
+                continue  # a graph of its own, or nothing to the template
             cases += [
                 Case(template.name, rule, next(archs), outer=((param.name, value),))
                 for value in dict.fromkeys((param.values[0], param.values[-1])) if value != param.default
@@ -160,27 +167,31 @@ def promised_smem_bytes(template, problem, outer, config, device):
 
 
 def outer_with(template, problem, device):
-    """The outer choices of the default plan, with the template's stage in the graph."""
+    """The outer choices of the default plan, with the template's stage in the graph; None: there are none."""
     outer = default_plan(problem, device, "triton").outer
     if template.stage in {stage.name for stage in stages_of(problem, outer)}:
         return outer
     for other in GRAPHS["staged"].by_nearness(problem, device):
-        if other["states"] == "store":
+        if template.stage in {stage.name for stage in stages_of(problem, other)}:
             try:
                 return default_plan(problem, device, "triton", other).outer
             except ConstraintError:
                 continue
-    raise AssertionError(f"no outer choice has a stage {template.stage}")
+    return None
 
 
 def config_of(case):
     """The outer choices and the config of a case; None if the constraints leave none."""
     template, device = find_template("triton", case.template), ARCHS[case.arch]
     outer = outer_with(template, case.problem, device)
+    if outer is None:
+        assert template.stage in ("group_states", "group_gradients") and case.problem.key_dim > 128, template.name
+        return None
     if not case.outer and not case.config:
         return outer, template.space.default(case.problem, device, outer)
     if case.outer:
-        outer = nearest(GRAPHS["staged"], case.problem, device, None, (*case.outer, ("states", outer["states"])))
+        graph = (("states", outer["states"]), ("split", outer["split"]))
+        outer = nearest(GRAPHS["staged"], case.problem, device, None, (*graph, *case.outer))
     config = outer and nearest(template.space, case.problem, device, outer, case.config)
     return None if config is None else (outer, config)
 
@@ -219,12 +230,12 @@ def test_corner_of_the_space(case):
 
 def test_every_stage_of_both_rules_has_a_template():
     names = {(template.stage, rule) for template, rule in served()}
-    outers = {"gdn": ("recompute",), "gla": ("store", "recompute")}
+    outers = {"gdn": (("recompute", 0), ("recompute", 16)), "gla": (("store", 0), ("recompute", 0))}
     assert names == {
         (stage.name, rule)
         for rule, choices in outers.items()
-        for states in choices
-        for stage in stages_of(MAIN[rule], Config(chunk_size=64, state_dtype="io", states=states))
+        for states, split in choices
+        for stage in stages_of(MAIN[rule], Config(chunk_size=64, state_dtype="io", states=states, split=split))
     }
 
 

@@ -375,8 +375,8 @@ def test_hard_logits_through_the_whole(rule, kind, poisoned_empty):
 
 def outer_with(problem, stage, **changes):
     """Outer choices under which a problem has the stage."""
-    for states in ("recompute", "store"):
-        outer = outer_of(problem, **changes, states=states)
+    for states, split in (("recompute", 0), ("store", 0), ("recompute", 16)):
+        outer = outer_of(problem, **changes, states=states, split=split)
         is_valid = not GRAPHS["staged"].violations(problem, outer, DEVICE)
         if is_valid and stage in {one.name for one in stages_of(problem, outer)}:
             return outer

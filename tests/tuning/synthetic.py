@@ -25,7 +25,7 @@ FACTORS = {
     "gradients": {"block": (1.5, 1.2, 1.1, 1.0), "warps": (1.3, 1.1, 1.0, 1.15), "stages": (1.0, 1.05, 1.2)},
 }
 OUTERS = tuple(
-    Config(chunk_size=c, state_dtype=dtype, states="recompute") for c in (32, 64) for dtype in ("io", "fp32")
+    Config(chunk_size=c, state_dtype=dtype, states="recompute", split=0) for c in (32, 64) for dtype in ("io", "fp32")
 )
 
 

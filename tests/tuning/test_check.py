@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from sse_tune.device import ARCHS
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.space import Config
@@ -10,7 +11,7 @@ from sse_tune.templates.registry import default_plan
 from sse_tune.tuning import check as admission
 from sse_tune.tuning import inputs
 from sse_tune.tuning.cases import CASES, FINAL, QUICK, case_names, case_problem
-from sse_tune.tuning.check import check_plan, run_case
+from sse_tune.tuning.check import check_plan, chunk_size_of, run_case
 from sse_tune.tuning.inputs import build
 
 NAMES = ("ordinary", "lengths")
@@ -215,3 +216,13 @@ def test_poison_is_seen_by_every_dtype():
     assert admission.poisoned((2,), dtype=torch.bfloat16, device=torch.device("cpu")).isnan().all()
     assert (admission.poisoned((2,), dtype=torch.int32, device=torch.device("cpu")) < 0).all()
     assert Config() == Config()
+
+
+def test_plans_that_split_segments_meet_the_ends_of_groups():
+    gpu = ARCHS["sm_90"]
+    problem = Problem.preset("spikingbrain2-5b", num_heads=4)
+    outer = default_plan(problem, gpu).outer
+    whole, split = (chunk_size_of(default_plan(problem, gpu, "triton", outer.replace(split=n))) for n in (0, 16))
+    assert (whole, split) == (64, 16 * 64)
+    _, lengths = case_problem("lengths", problem, split, "full")
+    assert {split - 1, split, split + 1, 2 * split - 1, 2 * split + 1} <= set(lengths)

@@ -18,6 +18,7 @@ from sse_tune.tuning.landscape import PRUNE_RATIO, Templates, predicted_us
 from sse_tune.tuning.report import SearchInterrupted
 from sse_tune.tuning.search import search
 from sse_tune.tuning.worker import JobResult
+from sse_tune.tuning.workload import Workload
 
 
 @pytest.fixture
@@ -156,9 +157,16 @@ def test_outer_points_far_behind_in_the_model_are_refused_with_the_reason():
     problem, gpu = Problem.preset("spikingbrain2-5b"), Device.from_arch("sm_90")
     outer = Templates(problem, gpu, ("triton",)).outer
     kept, declared = set(outer.configs(problem, gpu)), set(GRAPHS["staged"].configs(problem, gpu))
-    best = min(predicted_us(problem, gpu, point) for point in declared)
+    best = min(predicted_us(Workload.of(problem), gpu, point) for point in declared)
     assert default_plan(problem, gpu).outer in kept
     assert kept < declared
     for point in declared - kept:
-        assert predicted_us(problem, gpu, point) > PRUNE_RATIO * best
-        assert "the roofline must predict at most 1.5 times" in outer.violations(problem, point, gpu)[0]
+        predicted, reasons = predicted_us(Workload.of(problem), gpu, point), outer.violations(problem, point, gpu)
+        if predicted > PRUNE_RATIO * best:
+            assert "the roofline must predict at most 1.5 times" in reasons[0]
+        else:
+            assert predicted >= predicted_us(Workload.of(problem), gpu, point.replace(split=0))
+            assert "the roofline must predict that split gains" in reasons[0]
+    assert all(point.split == 0 for point in kept)
+    few = problem.replace(num_heads=4, seq_len=131072)
+    assert any(point.split for point in Templates(few, gpu, ("triton",)).outer.configs(few, gpu))

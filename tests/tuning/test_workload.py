@@ -224,7 +224,7 @@ def test_outer_points_are_pruned_by_the_expected_floor():
     outer = Templates(load, gpu, ("triton",)).outer
 
     def expected(point):
-        return sum(entry.weight * predicted_us(entry.problem, gpu, point) for entry in load.entries)
+        return sum(entry.weight * predicted_us(Workload.of(entry.problem), gpu, point) for entry in load.entries)
 
     declared = list(landscape.GRAPHS["staged"].configs(problem, gpu))
     best, kept = min(map(expected, declared)), set(outer.configs(problem, gpu))

@@ -35,6 +35,7 @@ OPERANDS = (
 
 # copies do not convert
 IO_STATES = Constraint("stored states must be of the problem's dtype", lambda p, c, d: c["state_dtype"] == "io")
+WHOLE_SEGMENTS = Constraint("TileLang's walks go along whole segments, not groups", lambda p, c, d: c["split"] == 0)
 
 
 def block_v_constraints() -> tuple[Constraint, ...]:

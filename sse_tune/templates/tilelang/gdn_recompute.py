@@ -27,6 +27,7 @@ SPACE = Space(
     ),
     constraints=(
         *common.OPERANDS,
+        common.WHOLE_SEGMENTS,
         common.IO_STATES,
         *common.block_v_constraints(),
         # beyond that the state and the product beside it spill

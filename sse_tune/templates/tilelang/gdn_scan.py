@@ -33,6 +33,7 @@ SPACE = Space(
     ),
     constraints=(
         *common.OPERANDS,
+        common.WHOLE_SEGMENTS,
         *common.block_v_constraints(),
         # beyond that the state and the products beside it spill
         Constraint("(K + 2 * chunk_size) * block_v / (32 * num_warps) <= 192",

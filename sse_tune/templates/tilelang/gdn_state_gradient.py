@@ -33,6 +33,7 @@ SPACE = Space(
     ),
     constraints=(
         *common.OPERANDS,
+        common.WHOLE_SEGMENTS,
         common.IO_STATES,
         *common.block_v_constraints(),
         # beyond that dS, the state beside it and the product spill

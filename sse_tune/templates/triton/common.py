@@ -14,8 +14,8 @@ import triton.language as tl
 
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint
+from sse_tune.templates.buffers import ITEM_BYTES
 from sse_tune.templates.registry import Call
-from sse_tune.templates.stages import ITEM_BYTES
 
 if TYPE_CHECKING:
     import torch
@@ -101,11 +101,12 @@ def segment_arguments(call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[s
 
 
 def launch_walk(call: Call, kernel: Any, arguments: dict[str, Any]) -> None:
-    """Launches a kernel that keeps block_v columns of a state: a block for each of them, each head and segment."""
+    """Launches a kernel that keeps block_v columns of a state: a block for each of them, each head, and segment or
+    group."""
     problem, block_v = call.sizes.problem, int(call.config["block_v"])
     call.launch(
         kernel,
-        (call.sizes.segments * problem.num_heads * triton.cdiv(problem.value_dim, block_v),),
+        (call.sizes.walks * problem.num_heads * triton.cdiv(problem.value_dim, block_v),),
         dict(arguments, V=problem.value_dim, BK=key_tile(problem), BV=block_v),
         num_warps=int(call.config["num_warps"]),
         num_stages=int(call.config["num_stages"]),

@@ -14,17 +14,18 @@ import triton.language as tl
 
 from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
-from sse_tune.templates.triton import common
+from sse_tune.templates.triton import common, gdn_groups
 from sse_tune.templates.triton.common import (
     chunk_rows,
     load_gate_sums,
     load_rows,
     load_scalars,
     load_state,
+    state_beside,
     store_rows,
     store_state,
-    walk_block,
 )
+from sse_tune.templates.triton.gdn_groups import walk_part
 
 if TYPE_CHECKING:
     import torch
@@ -42,23 +43,26 @@ SPACE = Space(
 @triton.jit
 def gdn_recompute_kernel(
     k, v, shared_k, Ag, k_scale, g_cumsum, perm, weights, segment_rows, segment_boundaries,
-    initial_state, final_state, h, w, M, n_shared, n_sequences,
+    chunk_table, initial_state, group_h, final_state, h, w, M, n_shared, n_segments, n_sequences, n_all_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SPLIT: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_h, i_seg, first_row, n_left, first_boundary, i_state = walk_block(
-        segment_rows, segment_boundaries, n_sequences, H, PARTITIONS, HAS_SHARED, NV
-    )
+    i_v, i_h, i_seg, _, first_row, n_left, first_boundary, i_state, i_before, i_after = walk_part(
+        segment_rows, segment_boundaries, chunk_table, n_segments, n_sequences, n_all_chunks, H, C, PARTITIONS,
+        HAS_SHARED, NV, SPLIT,
+    )  # fmt: skip
     p_k = tl.where(i_seg < n_shared, shared_k, k)
     o_c = tl.arange(0, C)
     o_k = tl.arange(0, BK)
     o_v = i_v * BV + tl.arange(0, BV)
 
     b_state = tl.zeros((BK, BV), tl.float32)
-    if HAS_INITIAL:
+    if SPLIT > 0:
+        b_state = state_beside(group_h, initial_state, i_before, i_state, i_h, o_k, o_v, H, K, V, HAS_INITIAL)
+    elif HAS_INITIAL:
         b_state = load_state(initial_state, i_state, o_k, o_v, True, K, V)
     for i in range(0, tl.cdiv(n_left, C)):
         n_rows = tl.minimum(n_left - i * C, C)
@@ -79,7 +83,8 @@ def gdn_recompute_kernel(
         b_in = (b_new * (b_a * tl.exp((b_last - b_b).to(tl.float32)))[:, None]).to(b_k.dtype)
         b_state = tl.exp(b_last.to(tl.float32)) * b_state + tl.dot(tl.trans(b_k), b_in, input_precision=PRECISION)
         i_boundary = tl.cast(first_boundary + i, tl.int64) * H + i_h
-        store_state(h, b_state, i_boundary, o_k, o_v, n_left > (i + 1) * C, K, V)
+        is_inner = (n_left > (i + 1) * C) | (i_after >= 0)
+        store_state(h, b_state, i_boundary, o_k, o_v, is_inner, K, V)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -87,10 +92,13 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
         **common.streams(tensors, "k"),
         **common.row_arguments(call, tensors),
         **common.segment_arguments(call, tensors),
-        **common.end_states(tensors, "initial_state", "final_state"),
+        **gdn_groups.arguments(call, tensors),
+        **common.end_states(tensors, "initial_state", "final_state", "group_h"),
         **{name: tensors[name] for name in ("v", "Ag", "k_scale", "g_cumsum", "h", "w")},
     )
     common.launch_walk(call, gdn_recompute_kernel, arguments)
 
 
-TEMPLATE = Template("triton", "gdn_recompute", "recompute", ("gdn",), SPACE, run, (__name__, common.MODULE))
+TEMPLATE = Template(
+    "triton", "gdn_recompute", "recompute", ("gdn",), SPACE, run, (__name__, common.MODULE, gdn_groups.MODULE)
+)

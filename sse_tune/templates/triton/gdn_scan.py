@@ -5,7 +5,7 @@ With S the state before the chunk, b the in-chunk cumsum of g, and Ag and P of `
     W = V - diag(e^b a) K S        V' = Ag W
     O = diag(c e^b) Q S + P V'     S <- e^(b_C) S + Kᵀ diag(a e^(b_C - b)) V'
 
-A block keeps block_v columns of one head's state in registers and walks its segment.
+A block keeps block_v columns of one head's state in registers and walks its segment, or a group of its chunks.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ import triton.language as tl
 
 from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
-from sse_tune.templates.triton import common
+from sse_tune.templates.triton import common, gdn_groups
 from sse_tune.templates.triton.common import (
     chunk_rows,
     load_gate_sums,
     load_rows,
     load_scalars,
     load_state,
+    state_beside,
     store_rows,
     store_state,
-    walk_block,
 )
+from sse_tune.templates.triton.gdn_groups import walk_part
 
 if TYPE_CHECKING:
     import torch
@@ -46,16 +47,17 @@ SPACE = Space(
 @triton.jit
 def gdn_scan_kernel(
     q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, weights, segment_rows, segment_boundaries,
-    initial_state, o_rows, final_state, M, n_shared, n_sequences,
+    chunk_table, initial_state, group_h, o_rows, final_state, M, n_shared, n_segments, n_sequences, n_all_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SPLIT: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_h, i_seg, first_row, n_left, _, i_state = walk_block(
-        segment_rows, segment_boundaries, n_sequences, H, PARTITIONS, HAS_SHARED, NV
-    )
+    i_v, i_h, i_seg, _, first_row, n_left, _, i_state, i_before, i_after = walk_part(
+        segment_rows, segment_boundaries, chunk_table, n_segments, n_sequences, n_all_chunks, H, C, PARTITIONS,
+        HAS_SHARED, NV, SPLIT,
+    )  # fmt: skip
     p_q = tl.where(i_seg < n_shared, shared_q, q)
     p_k = tl.where(i_seg < n_shared, shared_k, k)
     o_c = tl.arange(0, C)
@@ -63,7 +65,9 @@ def gdn_scan_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
 
     b_state = tl.zeros((BK, BV), tl.float32)
-    if HAS_INITIAL:
+    if SPLIT > 0:
+        b_state = state_beside(group_h, initial_state, i_before, i_state, i_h, o_k, o_v, H, K, V, HAS_INITIAL)
+    elif HAS_INITIAL:
         b_state = load_state(initial_state, i_state, o_k, o_v, True, K, V)
     for i in range(0, tl.cdiv(n_left, C)):
         n_rows = tl.minimum(n_left - i * C, C)
@@ -89,7 +93,7 @@ def gdn_scan_kernel(
         b_in = (b_new * (b_a * tl.exp((b_last - b_b).to(tl.float32)))[:, None]).to(b_k.dtype)
         b_state = tl.exp(b_last.to(tl.float32)) * b_state + tl.dot(tl.trans(b_k), b_in, input_precision=PRECISION)
     if HAS_FINAL:
-        store_state(final_state, b_state, i_state, o_k, o_v, True, K, V)
+        store_state(final_state, b_state, i_state, o_k, o_v, i_after < 0, K, V)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -97,10 +101,11 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
         **common.streams(tensors, "q", "k"),
         **common.row_arguments(call, tensors),
         **common.segment_arguments(call, tensors),
-        **common.end_states(tensors, "initial_state", "final_state"),
+        **gdn_groups.arguments(call, tensors),
+        **common.end_states(tensors, "initial_state", "final_state", "group_h"),
         **{name: tensors[name] for name in ("v", "P", "Ag", "k_scale", "q_scale", "g_cumsum", "o_rows")},
     )
     common.launch_walk(call, gdn_scan_kernel, arguments)
 
 
-TEMPLATE = Template("triton", "gdn_scan", "scan", ("gdn",), SPACE, run, (__name__, common.MODULE))
+TEMPLATE = Template("triton", "gdn_scan", "scan", ("gdn",), SPACE, run, (__name__, common.MODULE, gdn_groups.MODULE))

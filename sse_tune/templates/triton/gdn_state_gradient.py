@@ -19,7 +19,7 @@ import triton.language as tl
 
 from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
-from sse_tune.templates.triton import common
+from sse_tune.templates.triton import common, gdn_groups
 from sse_tune.templates.triton.common import (
     chunk_rows,
     load_gate_sums,
@@ -29,8 +29,8 @@ from sse_tune.templates.triton.common import (
     state_beside,
     store_rows,
     store_state,
-    walk_block,
 )
+from sse_tune.templates.triton.gdn_groups import walk_part
 
 if TYPE_CHECKING:
     import torch
@@ -48,17 +48,18 @@ SPACE = Space(
 @triton.jit
 def gdn_state_gradient_kernel(
     q, k, shared_q, shared_k, do, P, Ag, k_scale, q_scale, g_cumsum, perm, weights, segment_rows,
-    segment_chunks, segment_boundaries, h, initial_state, d_final_state, dh, h_dh, dv_new, dv_rows, d_initial_state, M,
-    n_shared, n_sequences, n_all_chunks,
+    segment_chunks, segment_boundaries, chunk_table, h, initial_state, d_final_state, group_dh, dh, h_dh, dv_new,
+    dv_rows, d_initial_state, M, n_shared, n_segments, n_sequences, n_all_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SPLIT: tl.constexpr,
     BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_h, i_seg, first_row, n_left, first_boundary, i_state = walk_block(
-        segment_rows, segment_boundaries, n_sequences, H, PARTITIONS, HAS_SHARED, NV
-    )
+    i_v, i_h, i_seg, i_chunk, first_row, n_left, first_boundary, i_state, i_first, i_after = walk_part(
+        segment_rows, segment_boundaries, chunk_table, n_segments, n_sequences, n_all_chunks, H, C, PARTITIONS,
+        HAS_SHARED, NV, SPLIT,
+    )  # fmt: skip
     p_q = tl.where(i_seg < n_shared, shared_q, q)
     p_k = tl.where(i_seg < n_shared, shared_k, k)
     o_c = tl.arange(0, C)
@@ -66,10 +67,12 @@ def gdn_state_gradient_kernel(
     o_v = i_v * BV + tl.arange(0, BV)
 
     b_ds = tl.zeros((BK, BV), tl.float32)
-    if HAS_FINAL:
+    if SPLIT > 0:
+        b_ds = state_beside(group_dh, d_final_state, i_after, i_state, i_h, o_k, o_v, H, K, V, HAS_FINAL)
+    elif HAS_FINAL:
         b_ds = load_state(d_final_state, i_state, o_k, o_v, True, K, V)
     n_chunks = tl.cdiv(n_left, C)
-    first_chunk = tl.load(segment_chunks + i_seg)
+    first_chunk = tl.load(segment_chunks + i_seg) + i_chunk
     for i_back in range(0, n_chunks):
         i = n_chunks - 1 - i_back
         n_rows = tl.minimum(n_left - i * C, C)
@@ -85,7 +88,8 @@ def gdn_state_gradient_kernel(
         b_Ag = load_rows(Ag, b_at, m_row, o_c, C, C)
         b_P = load_rows(P, b_at, m_row, o_c, C, C)
 
-        i_before = tl.where(i > 0, first_boundary + i - 1, -1)
+        has_before = (i > 0) | (i_first >= 0)
+        i_before = tl.where(has_before, first_boundary + i - 1, -1)
         b_h = state_beside(h, initial_state, i_before, i_state, i_h, o_k, o_v, H, K, V, HAS_INITIAL)
         b_product = tl.sum(b_h.to(tl.float32) * b_ds, 1)  # [BK]
         for i_part in tl.static_range(0, BV // 64):  # the whole of it in the first part
@@ -106,9 +110,9 @@ def gdn_state_gradient_kernel(
         b_ds = tl.exp(b_last.to(tl.float32)) * b_ds + tl.dot(tl.trans(b_q), b_read, input_precision=PRECISION)
         b_ds -= tl.dot(tl.trans(b_k), b_erased, input_precision=PRECISION)
         i_boundary = tl.cast(first_boundary + i - 1, tl.int64) * H + i_h
-        store_state(dh, b_ds, i_boundary, o_k, o_v, i > 0, K, V)
+        store_state(dh, b_ds, i_boundary, o_k, o_v, has_before, K, V)
     if HAS_INITIAL:
-        store_state(d_initial_state, b_ds, i_state, o_k, o_v, True, K, V)
+        store_state(d_initial_state, b_ds, i_state, o_k, o_v, i_first < 0, K, V)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -119,11 +123,13 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
         **common.streams(tensors, "q", "k"),
         **common.row_arguments(call, tensors),
         **common.segment_arguments(call, tensors),
-        **common.end_states(tensors, "d_initial_state", "d_final_state", "initial_state"),
+        **gdn_groups.arguments(call, tensors),
+        **common.end_states(tensors, "d_initial_state", "d_final_state", "initial_state", "group_dh"),
         **{name: tensors[name] for name in names},
-        n_all_chunks=call.sizes.chunks,
     )
     common.launch_walk(call, gdn_state_gradient_kernel, arguments)
 
 
-TEMPLATE = Template("triton", "gdn_state_gradient", "state_gradient", ("gdn",), SPACE, run, (__name__, common.MODULE))
+TEMPLATE = Template(
+    "triton", "gdn_state_gradient", "state_gradient", ("gdn",), SPACE, run, (__name__, common.MODULE, gdn_groups.MODULE)
+)
