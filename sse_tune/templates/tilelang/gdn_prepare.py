@@ -27,9 +27,9 @@ PAD = 8  # fp32 numbers between rows of N: no two rows that a warp writes at onc
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
-    """Rows of q and k, then N and P in their place, and seven numbers a row."""
+    """Rows of q and k, then N and P in their place, and eight numbers a row."""
     c, k, item = int(config["chunk_size"]), problem.head_dim, common.item_bytes(problem)
-    return max(2 * item * c * k, 4 * c * (c + PAD) + item * c * c) + 4 * 7 * c + 2048
+    return max(2 * item * c * k, 4 * c * (c + PAD) + item * c * c) + 4 * 8 * c + 2048
 
 
 SPACE = Space(
@@ -178,6 +178,7 @@ def factory(
             b_c = T.alloc_shared((C,), "float32", scope="shared")
             b_b = T.alloc_shared((C,), "float32", scope="shared")
             b_beta = T.alloc_shared((C,), "float32", scope="shared")
+            b_erase = T.alloc_shared((C,), "float32", scope="shared")
             b_k_square = T.alloc_shared((C,), "float32", scope="shared")
             b_q_square = T.alloc_shared((C,), "float32", scope="shared")
             b_sums = T.alloc_shared((C // 32,), "float32", scope="shared")
@@ -189,11 +190,13 @@ def factory(
             acc = T.alloc_local((max(4, HALF * HALF // THREADS),), "float32")
             right = T.alloc_local((16,), "float32")
             inverse = T.alloc_local((common.VECTOR,), "float32")
+            betas = T.alloc_local((common.VECTOR,), "float32")
             gated = T.alloc_local((common.VECTOR,), DTYPE)
             T.annotate_layout({b_P: make_swizzled_layout(b_P)})
             plain = T.alloc_local((common.VECTOR,), DTYPE)
             gate = T.alloc_var("float32")
             before = T.alloc_var("float32")
+            own_beta = T.alloc_var("float32")
             weight = T.alloc_var("float32")
             writes = T.alloc_var("bool")
             reads = T.alloc_var("bool")
@@ -217,17 +220,15 @@ def factory(
                 reads = (tx < n_rows) and (lane < READERS)
                 weight = weights[T.Cast("int64", slot)]
                 gate = 0.0
-                before = 0.0  # beta, for now
+                own_beta = 0.0
                 if writes:
                     if i_seg < n_shared:
                         gate = T.Cast("float32", shared_g[token, i_h])
-                        before = T.Cast("float32", shared_beta[token, i_h])
+                        own_beta = T.Cast("float32", shared_beta[token, i_h])
                     else:
                         gate = T.Cast("float32", g[token, i_h])
-                        before = T.Cast("float32", beta[token, i_h])
+                        own_beta = T.Cast("float32", beta[token, i_h])
                     gate = T.max(gate, -128.0)
-                if tx < C:
-                    b_beta[tx] = before
                 for i in T.unroll(5):
                     before = T.shfl_up(gate, 1 << i)
                     if tx % 32 >= 1 << i:
@@ -259,6 +260,8 @@ def factory(
                     c = T.if_then_else(reads, row_scale(b_q_square[tx], weight), 0.0) * scale
                     b_a[tx] = a
                     b_c[tx] = c
+                    b_beta[tx] = own_beta
+                    b_erase[tx] = own_beta * a
                     if tx < n_rows:
                         k_scale[i_h, T.Cast("int64", first + tx)] = a
                         q_scale[i_h, T.Cast("int64", first + tx)] = c
@@ -266,16 +269,23 @@ def factory(
                 mma.settle(b_qk, C, C)
                 T.sync_threads()
 
+                # conditions on registers alone, or each number would be a branch of its own
                 for i, j in T.Parallel(C, C):
-                    b_N[i, j] = T.if_then_else(i > j, b_beta[i] * b_a[i] * b_a[j] * b_kk[i, j], 0.0)
+                    b_kk[i, j] *= b_erase[i] * b_a[j]
                 for i, j in T.Parallel(C, C):
-                    b_qk[i, j] = T.if_then_else(i >= j, T.__exp(b_b[i] - b_b[j]) * (b_c[i] * b_a[j] * b_qk[i, j]), 0.0)
+                    b_N[i, j] = T.if_then_else(i > j, b_kk[i, j], 0.0)
+                for i, j in T.Parallel(C, C):
+                    b_qk[i, j] *= b_c[i] * b_a[j] * T.__exp(T.min(b_b[i] - b_b[j], 0.0))
+                for i, j in T.Parallel(C, C):
+                    b_qk[i, j] = T.if_then_else(i >= j, b_qk[i, j], 0.0)
                 T.copy(b_qk, b_P)
                 T.sync_threads()
                 io.store_by_head(b_P, P, first, n_rows, i_h, 0, tx, C, C)
                 invert_diagonal(b_N, x, row4, tx)
                 for size in merges:
                     merge(b_N, acc, row4, right, size, tx)
+                for e in T.unroll(common.VECTOR):
+                    betas[e] = b_beta[tx % (C // common.VECTOR) * common.VECTOR + e]
                 for p in T.unroll(STEPS):
                     i = (p * THREADS + tx) // (C // common.VECTOR)
                     j = tx % (C // common.VECTOR) * common.VECTOR
@@ -285,11 +295,9 @@ def factory(
                                 inverse[half * 4 + e] = b_N[i, j + half * 4 + e]
                         for e in T.unroll(common.VECTOR):
                             inverse[e] = T.if_then_else(i >= j + e, inverse[e], 0.0)
+                        for e in T.unroll(common.VECTOR):
                             plain[e] = T.Cast(DTYPE, inverse[e])
-                            gated[e] = T.Cast(
-                                DTYPE,
-                                T.if_then_else(i >= j + e, T.__exp(b_b[i] - b_b[j + e]) * inverse[e] * b_beta[j + e], 0.0),
-                            )
+                            gated[e] = T.Cast(DTYPE, T.__exp(T.min(b_b[i] - b_b[j + e], 0.0)) * inverse[e] * betas[e])
                         row = T.Cast("int64", first + i)
                         if TRAINS:
                             for e in T.vectorized(common.VECTOR):
