@@ -34,18 +34,18 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 
 SPACE = Space(
     params=(
-        Param("solve_block", (16, 32, 64), 32, "rows of the diagonal blocks that forward substitution inverts"),
+        Param("solve_block", (16, 32), 32, "rows of the diagonal blocks that forward substitution inverts"),
         Param("num_warps", (4, 8), 4, "warps per block, four to a warpgroup"),
-        Param("blocks_per_sm", (1, 3, 4, 5, 6), 4, "blocks that registers are kept for"),
+        Param("blocks_per_sm", (1, 2, 3, 4, 5), 5, "blocks that registers are kept for"),
     ),
     constraints=(
         *common.OPERANDS,
         # two such sums beside each other
         Constraint("chunk_size^2 / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] ** 2 <= 64 * 32 * c["num_warps"]),
-        # two sums, and 48 for the rest
+        # two sums, and 36 for the rest
         Constraint("the blocks of a multiprocessor have registers for their sums",
-                   lambda p, c, d: c["blocks_per_sm"] * (2 * c["chunk_size"] ** 2 + 48 * 32 * c["num_warps"]) <= 65536),
+                   lambda p, c, d: c["blocks_per_sm"] * (2 * c["chunk_size"] ** 2 + 36 * 32 * c["num_warps"]) <= 65536),
         Constraint("the tiles fit in shared memory",
                    lambda p, c, d: c["blocks_per_sm"] * smem_bytes(p, c) <= d.smem_per_block_bytes),
     ),

@@ -39,7 +39,7 @@ SPACE = Space(
         Param("block_v", (64, 128), 64, "columns of V taken at a time"),
         Param("num_warps", (4, 8), 4, "warps per block, four to a warpgroup"),
         Param("num_stages", (1, 2), 1, "pieces of V in shared memory"),
-        Param("blocks_per_sm", (1, 2, 3, 4), 3, "blocks that registers are kept for"),
+        Param("blocks_per_sm", (1, 2, 3), 3, "blocks that registers are kept for"),
     ),
     constraints=(
         *common.OPERANDS,
@@ -86,11 +86,12 @@ def factory(
         T.copy(b_x, b_low)
 
     @T.macro
-    def column_sum(b_tile, into, tx):
+    def column_sum(b_tile, total, into, tx):
         if tx < C:
-            into[tx] = 0.0
-            for i in T.serial(C):
-                into[tx] += b_tile[i, tx]
+            total[0] = 0.0
+            for i in T.unroll(C):
+                total[0] += b_tile[i, tx]
+            into[tx] = total[0]
 
     @T.prim_func
     def gdn_score_gradients(
@@ -153,6 +154,7 @@ def factory(
             b_sums = T.alloc_fragment((C,), "float32")
             slots = T.alloc_local((io.passes(C, BV),), "int32")
             slots_k = T.alloc_local((io.passes(C, K),), "int32")
+            total = T.alloc_local((1,), "float32")
             own_beta = T.alloc_var("float32")
             writes = T.alloc_var("bool")
             T.annotate_layout({b_P: make_swizzled_layout(b_P), b_dp: make_swizzled_layout(b_dp)})
@@ -234,7 +236,7 @@ def factory(
                 T.copy(b_dP, b_dp)
                 T.sync_threads()
                 io.store_by_head(b_dp, dp, first, n_rows, i_h, 0, tx, C, C)
-                column_sum(b_tile, b_down, tx)
+                column_sum(b_tile, total, b_down, tx)
                 if tx < n_rows:
                     db[i_h, T.Cast("int64", first + tx)] = b_across[tx] - b_down[tx]
                 T.sync_threads()
@@ -261,7 +263,7 @@ def factory(
                     mma.start(b_y_low, b_A_high, b_y, transpose_B=True, clear_accum=True, policy=by_rows)
                     mma.start(b_y_high, b_A_low, b_y, transpose_B=True, policy=by_rows)
                     mma.start(b_y_high, b_A_high, b_y, transpose_B=True, policy=by_rows)
-                column_sum(b_tile, b_dbeta, tx)
+                column_sum(b_tile, total, b_dbeta, tx)
                 mma.finish(0)
                 mma.settle(b_y, C, C)
                 halve(b_y, b_high, b_low)
