@@ -151,7 +151,10 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         "staged",
         tuple(
             f"sse_tune.templates.tilelang.{name}"
-            for name in ("gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_gradients")
+            for name in (
+                "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients",
+                "gdn_gradients",
+            )
         ),
     ),
     "torch": ("torch", "whole", ("sse_tune.templates.torch.whole",)),
