@@ -87,11 +87,18 @@ SPACE = Space(
 
 
 @triton.jit
-def sums_from(b_x, C: tl.constexpr):
+def like_ones(b_x):
+    """Ones in the layout of a product. The test is always true, which is found only after layouts have been chosen; what
+    is derived from them becomes an operand without a way through shared memory."""
+    return tl.where((b_x.to(tl.int32, bitcast=True) | 1) != 0, 1.0, 0.0)
+
+
+@triton.jit
+def sums_from(b_x, b_like, C: tl.constexpr):
     """Row i: the sum of the rows j >= i of an fp32 tile, scaled to the range of fp16 and taken in two parts: 22 bits of
     each number down to 2**-28 of the largest, and the tensor cores add faster than a scan along rows."""
     o_c = tl.arange(0, C)
-    b_ones = (o_c[:, None] <= o_c[None, :]).to(tl.float16)
+    b_ones = tl.where(o_c[:, None] <= o_c[None, :], like_ones(b_like), 0.0).to(tl.float16)
     b_most = tl.maximum(tl.max(tl.abs(b_x)), 1e-30)
     b_x *= 16384.0 / b_most
     b_high = b_x.to(tl.float16)
@@ -117,24 +124,34 @@ def out_start(first_row, n_shared_rows, i_h, is_shared, H: tl.constexpr, K: tl.c
 
 @triton.jit
 def store_gradient(
-    p_out, p_rows, b_x, b_scale, b_e, perm, first_row, n_rows, i_h, o_k,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+    p_out, b_x, b_y, b_scale, b_e, n_rows, o_k,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of rows y with X, that of the scaled rows, and returns that of the router weight; where K has
     more slices, without the norm's part, and returns the slice's X·y."""
-    b_head, m_row = token_rows(perm, first_row, n_rows, i_h, H, C, L)
-    b_y = load_rows(p_rows, b_head, m_row, o_k, K, BK).to(tl.float32)
+    o_c = tl.arange(0, C)
+    b_y = b_y.to(tl.float32)
     b_dot = tl.sum(b_x * b_y, 1)
     if NORM != "none" and BK >= K:
         b_part, b_dot = norm_terms(b_dot, tl.sum(b_y * b_y, 1), b_e, NORM)
         b_x -= b_part[:, None] * b_y
-    store_rows(p_out, b_scale[:, None] * b_x, tl.arange(0, C) * H, m_row, o_k, K, BK)
+    store_rows(p_out, b_scale[:, None] * b_x, o_c * H, o_c < n_rows, o_k, K, BK)
     return b_dot
 
 
 @triton.jit
+def decayed_rows(p_rows, b_decay, b_scale, perm, first_row, n_rows, i_h, o_k,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """Rows of q or k, and Z: the same bits whenever it is made, so that it need not be held."""
+    b_head, m_row = token_rows(perm, first_row, n_rows, i_h, H, C, L)
+    b_y = load_rows(p_rows, b_head, m_row, o_k, K, BK)  # [C, BK]
+    return b_y, wide_operand(b_decay * (b_y * b_scale[:, None]), b_y.dtype)
+
+
+@triton.jit
 def store_slice(
-    dg_rows, d_shared_g, de_rows, sums, b_db, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k, is_shared,
+    dg_rows, d_shared_g, de_rows, sums, b_db, b_dA, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k, is_shared,
     n_shared_rows, M, scale,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr, WRITERS: tl.constexpr, READERS: tl.constexpr,
     BK: tl.constexpr,
@@ -143,7 +160,7 @@ def store_slice(
     o_k = i_k * BK + tl.arange(0, BK)
     b_row, _, _, b_lane, m_row = chunk_rows(perm, first_row, n_rows, C, L)
     m_write = m_row & (b_lane < WRITERS)
-    b_dg = tl.where(m_write[:, None], sums_from(b_db, C) + b_last[None, :], 0.0)
+    b_dg = tl.where(m_write[:, None], sums_from(b_db, b_dA, C) + b_last[None, :], 0.0)
     i_out = out_start(first_row, n_shared_rows, i_h, is_shared, H, K)
     if is_shared:
         store_rows(d_shared_g + i_out, b_dg, tl.arange(0, C) * H, m_row, o_k, K, BK)
@@ -204,40 +221,45 @@ def gla_slice_kernel(
     m_write = m_row & (b_lane < WRITERS)
     b_high, b_low = gate_parts(tl.where(is_shared, shared_g, g), b_token * H + i_h, m_write, o_k, K, BK)  # [C, BK]
     b_first, b_second = halves_of_chunk(b_high, b_low, C, LEVELS)
-    b_x, is_near = half_exponent(b_high, b_low, LEVELS - 1, C)
-    tl.store(far + tl.program_id(0), tl.where(is_near, 0, 1))
-    if not is_near:
-        return
+    # of half_exponent: rows j in (first, last] of row i
+    o_first = tl.where(o_c >= C // 2, C // 2 - 1, o_c)
+    o_last = tl.where(o_c >= C // 2, o_c, C // 2 - 1)
+    b_ones = tl.where(o_c[None, :] > o_first[:, None], like_ones(b_dA), 0.0)
+    b_ones = tl.where(o_c[None, :] <= o_last[:, None], b_ones, 0.0).to(tl.float16)
+    b_x = tl.dot(b_ones, b_high) + tl.dot(b_ones, b_low)
+    is_near = tl.min(b_x) >= -NEAR_NATS
+    tl.store(far + tl.program_id(0), tl.where(is_near, 0, 1))  # what is made of a far slice is without meaning
+    b_xq *= tl.exp(b_first)[None, :]
+    b_xk *= tl.exp(b_second)[None, :]
+    b_last *= tl.exp(b_first + b_second)
     p_q = tl.where(is_shared, shared_q, q)
     p_k = tl.where(is_shared, shared_k, k)
     b_at = i_h.to(tl.int64) * M + b_row
     b_a = load_scalars(k_scale, b_at, m_row)
     b_c = load_scalars(q_scale, b_at, m_row)
     b_x = tl.where(in_second(LEVELS - 1, C), b_x, -b_x) * 1.4426950408889634
-    b_head, m_row = token_rows(perm, first_row, n_rows, i_h, H, C, L)
-    b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
-    b_zq = wide_operand(tl.exp2(b_x) * (b_q * b_c[:, None]), b_q.dtype)
-    b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
-    b_zk = wide_operand(tl.exp2(-b_x) * (b_k * b_a[:, None]), b_k.dtype)
-    b_xk *= tl.exp(b_second)[None, :]
-    b_last = tl.sum(b_zk.to(tl.float32) * b_xk, 0) + b_last * tl.exp(b_first + b_second)
-    b_xq = tl.dot(b_lower, b_zk, b_xq * tl.exp(b_first)[None, :], input_precision=PRECISION)
+    _, b_zq = decayed_rows(p_q, tl.exp2(b_x), b_c, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK)
+    _, b_zk = decayed_rows(p_k, tl.exp2(-b_x), b_a, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK)
+    b_last += tl.sum(b_zk.to(tl.float32) * b_xk, 0)
+    b_xq = tl.dot(b_lower, b_zk, b_xq, input_precision=PRECISION)
     b_xk = tl.dot(tl.trans(b_lower), b_zq, b_xk, input_precision=PRECISION)
-    b_db = b_zq.to(tl.float32) * b_xq - b_zk.to(tl.float32) * b_xk
 
     i_out = out_start(first_row, n_shared_rows, i_h, is_shared, H, K)
     b_e = tl.load(weights + b_slot, mask=m_row, other=0.0)
-    b_nothing = tl.where(n_rows > 0, 0.0, 1.0)
-    tl.debug_barrier()  # q and k are read anew rather than held
-    b_xq *= tl.exp2(b_x + b_nothing)
+    tl.debug_barrier()  # rows, decays and Z are made anew: held, they would spill
+    b_x += tl.where(n_rows > 0, 0.0, 1.0)
+    b_decay = tl.exp2(b_x)
+    b_q, b_zq = decayed_rows(p_q, b_decay, b_c, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK)
+    b_db = b_zq.to(tl.float32) * b_xq
     p_dq = tl.where(is_shared, d_shared_q, dq_rows) + i_out
-    b_qx = store_gradient(p_dq, p_q, b_xq, b_c, b_e, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK, NORM)
-    b_xk *= tl.exp2(b_nothing - b_x)
+    b_qx = store_gradient(p_dq, b_xq * b_decay, b_q, b_c, b_e, n_rows, o_k, H, K, C, BK, NORM)
+    b_decay = tl.exp2(-b_x)
+    b_k, b_zk = decayed_rows(p_k, b_decay, b_a, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK)
+    b_db -= b_zk.to(tl.float32) * b_xk
     p_dk = tl.where(is_shared, d_shared_k, dk_rows) + i_out
-    b_kx = store_gradient(p_dk, p_k, b_xk, b_a, b_e, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK, NORM)
-
+    b_kx = store_gradient(p_dk, b_xk * b_decay, b_k, b_a, b_e, n_rows, o_k, H, K, C, BK, NORM)
     store_slice(
-        dg_rows, d_shared_g, de_rows, sums, b_db, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k, is_shared,
+        dg_rows, d_shared_g, de_rows, sums, b_db, b_dA, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k, is_shared,
         n_shared_rows, M, scale, H, K, C, L, WRITERS, READERS, BK,
     )  # fmt: skip
 
@@ -320,10 +342,10 @@ def gla_far_slice_kernel(
     i_out = out_start(first_row, n_shared_rows, i_h, is_shared, H, K)
     p_dq = tl.where(is_shared, d_shared_q, dq_rows) + i_out
     p_dk = tl.where(is_shared, d_shared_k, dk_rows) + i_out
-    b_qx = store_gradient(p_dq, p_q, b_xq, b_c, b_e, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK, NORM)
-    b_kx = store_gradient(p_dk, p_k, b_xk, b_a, b_e, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK, NORM)
+    b_qx = store_gradient(p_dq, b_xq, b_q, b_c, b_e, n_rows, o_k, H, K, C, BK, NORM)
+    b_kx = store_gradient(p_dk, b_xk, b_k, b_a, b_e, n_rows, o_k, H, K, C, BK, NORM)
     store_slice(
-        dg_rows, d_shared_g, de_rows, sums, b_db, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k, is_shared,
+        dg_rows, d_shared_g, de_rows, sums, b_db, b_dA, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k, is_shared,
         n_shared_rows, M, scale, H, K, C, L, WRITERS, READERS, BK,
     )  # fmt: skip
 
