@@ -236,8 +236,8 @@ STAGED_OUTER = Space(
     params=(
         Param("chunk_size", (16, 32, 64, 128), 64, "C, rows of one chunk"),
         Param("state_dtype", ("io", "fp32"), "io", "of the stored chunk states: the problem's dtype, or fp32"),
-        Param("states", ("recompute", "store"), "recompute",
-              "gone through with the output and once more for the gradients; GLA: or kept at boundaries for both"),
+        Param("states", ("recompute", "store"), "store",
+              "GLA: kept at boundaries for output and gradients; or gone through with the output and once more after"),
     ),
     constraints=(
         # every row tile is held in registers next to the state: C·K fp32 beyond this spills on all targets

@@ -415,23 +415,21 @@ def test_parameters_change_no_result(rule, template, name, value, poisoned_empty
 
 
 @NORMS
-@pytest.mark.parametrize(
-    ("gradients", "gate", "head_dim"),
-    [
-        ("gla_gradients_near", 0.1, 16), ("gla_gradients_near", 1.0, 16), ("gla_gradients_near", 30.0, 16),
-        ("gla_gradients_sliced", 1.0, 16), ("gla_gradients_sliced", 30.0, 16),
-        ("gla_gradients_sliced", 1.0, 96),  # two slices, the second ragged
-    ],
-)  # fmt: skip
-def test_gla_takes_near_and_far_gates(norm, gradients, gate, head_dim, poisoned_empty):
-    """With states kept: pairs in one product where gates allow it, by halves where they do not, both in one call."""
+@pytest.mark.parametrize(("gate", "head_dim"), [(0.1, 16), (1.0, 16), (30.0, 16), (1.0, 96)])  # 96: two slices of K
+def test_gla_takes_near_and_far_gates(norm, gate, head_dim, poisoned_empty):
+    """Pairs in one product where gates allow it, by halves where they do not, both in one call."""
     problem = problem_of("gla", norm, seq_len=50, num_heads=1, head_dim=head_dim)
     inputs = make_inputs(problem, initial=True, gate=gate)
     inputs.g[:25] *= 0.01
-    plan = default_plan(problem, DEVICE, "triton", outer_of(problem, chunk_size=32, states="store"))
-    template = registry.find_template("triton", gradients)
-    choice = StageChoice("triton", template.name, template.space.default(problem, DEVICE, plan.outer))
-    compare(problem, inputs, poisoned_empty, plan=plan.replace_stage("gradients", choice))
+    compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=32, states="store"))
+
+
+@NORMS
+@pytest.mark.parametrize("gate", [1.0, 1e3])
+def test_gla_recomputes_its_states(norm, gate, poisoned_empty):
+    problem = problem_of("gla", norm, seq_len=35, num_heads=1)
+    inputs = make_inputs(problem, initial=True, gate=gate)
+    compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=16, states="recompute"))
 
 
 SPOILED = {

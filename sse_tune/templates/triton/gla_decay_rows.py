@@ -3,9 +3,9 @@
     P_ij = c_i a_j Σ_d q_id k_jd e^(b_id - b_jd),  j <= i        qg = c q e^b        kg = a k e^(b_C - b)
 
 with b the in-chunk sum of log-gates; the pairs i > j are taken as gla_gates says. A chunk leaves `decay`, e^(b_C), of
-the state before it. One block per chunk and head walks over K. Chunks whose gates are near throughout can have a kernel
-of their own, with a third of the code and half of the registers; it flags the others, which the kernel for all gates
-then does: its blocks end at once where there is no flag.
+the state before it. One block per chunk and head walks over K. Chunks whose gates are near throughout have a kernel of
+their own, with a third of the code. It flags the others, which a second launch of as many blocks takes by halves: those
+that find no flag end at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from sse_tune.templates.triton.gla_gates import (
     half_exponent,
     halves_of_chunk,
     in_second,
-    near_factors,
     pair_factors,
     wide_operand,
 )
@@ -46,7 +45,6 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 SPACE = Space(
     params=(
         Param("block_k", (64, 128), 64, "columns of K at a time"),
-        Param("launches", (1, 2), 2, "1: all chunks in one kernel; 2: first those with near gates, then the others"),
         Param("num_warps", (2, 4, 8), 4, "warps per block"),
     ),
     constraints=(
@@ -84,11 +82,11 @@ def row_scales(
 
 @triton.jit
 def gla_decay_near_rows_kernel(
-    q, k, g, shared_q, shared_k, shared_g, P, qg, kg, decay, k_scale, q_scale, far, perm, weights, chunk_table, scale, M,
-    n_shared,
+    q, k, g, shared_q, shared_k, shared_g, P, qg, kg, decay, k_scale, q_scale, far, perm, weights, chunk_table, scale,
+    M, n_shared,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    BK: tl.constexpr, LEVELS: tl.constexpr, FLAGGED: tl.constexpr,
+    BK: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Chunks whose gates are near; what it makes of the others is without meaning, and flagged."""
     i_c = tl.program_id(0) // H
@@ -141,22 +139,21 @@ def gla_decay_near_rows_kernel(
 
 
 @triton.jit
-def gla_decay_rows_kernel(
-    q, k, g, shared_q, shared_k, shared_g, P, qg, kg, decay, k_scale, q_scale, far, perm, weights, chunk_table, scale, M,
-    n_shared,
+def gla_decay_far_rows_kernel(
+    q, k, g, shared_q, shared_k, shared_g, P, qg, kg, decay, k_scale, q_scale, far, perm, weights, chunk_table, scale,
+    M, n_shared,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
-    BK: tl.constexpr, LEVELS: tl.constexpr, FLAGGED: tl.constexpr,
+    BK: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """Every chunk, or those that are flagged."""
+    """The chunks that are flagged."""
     i_c = tl.program_id(0) // H
     i_h = tl.program_id(0) % H
     i_seg, first_row, n_rows, _, _ = chunk_entry(chunk_table, i_c)
     if i_seg < 0:
         return
-    if FLAGGED:
-        if tl.load(far + tl.program_id(0)) == 0:
-            return
+    if tl.load(far + tl.program_id(0)) == 0:
+        return
     p_q = tl.where(i_seg < n_shared, shared_q, q)
     p_k = tl.where(i_seg < n_shared, shared_k, k)
     p_g = tl.where(i_seg < n_shared, shared_g, g)
@@ -184,27 +181,18 @@ def gla_decay_rows_kernel(
         b_own += tl.sum(b_q.to(tl.float32) * b_k.to(tl.float32), 1)
         b_first, b_second = halves_of_chunk(b_high, b_low, C, LEVELS)
         tl.store(p_decay + o_k, tl.exp(b_first + b_second), mask=o_k < K)
-        b_x, is_near = half_exponent(b_high, b_low, LEVELS - 1, C)
-        if is_near:
-            b_eq, b_ek = near_factors(b_x, C, LEVELS)
-            b_qe, b_ke = b_q * b_eq, b_k * b_ek
-            store_rows(qg, b_qe * b_c[:, None] * tl.exp(b_first)[None, :], b_at, m_row, o_k, K, BK)
-            store_rows(kg, b_ke * b_a[:, None] * tl.exp(b_second)[None, :], b_at, m_row, o_k, K, BK)
-            b_qe, b_ke = wide_operand(b_qe, b_q.dtype), wide_operand(b_ke, b_k.dtype)
-            b_P = tl.dot(b_qe, tl.trans(b_ke), b_P, input_precision=PRECISION)
-        else:
-            b_up, b_down = far_decays(b_high, b_low, C)
-            store_rows(qg, b_q * (b_c[:, None] * b_up), b_at, m_row, o_k, K, BK)
-            store_rows(kg, b_k * (b_a[:, None] * b_down), b_at, m_row, o_k, K, BK)
-            i_half = LEVELS - 1
-            while i_half >= 0:
-                b_x, is_near = half_exponent(b_high, b_low, i_half, C)
-                b_eq, b_ek, m_pairs = pair_factors(b_x, is_near, i_half, C)
-                b_qe = wide_operand(b_q * b_eq, b_q.dtype)
-                b_ke = wide_operand(b_k * b_ek, b_k.dtype)
-                b_level = tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION)
-                b_P += tl.where(m_pairs, b_level, 0.0)
-                i_half = tl.where(is_near, -1, i_half - 1)
+        b_up, b_down = far_decays(b_high, b_low, C)
+        store_rows(qg, b_q * (b_c[:, None] * b_up), b_at, m_row, o_k, K, BK)
+        store_rows(kg, b_k * (b_a[:, None] * b_down), b_at, m_row, o_k, K, BK)
+        i_half = LEVELS - 1
+        while i_half >= 0:
+            b_x, is_near = half_exponent(b_high, b_low, i_half, C)
+            b_eq, b_ek, m_pairs = pair_factors(b_x, is_near, i_half, C)
+            b_qe = wide_operand(b_q * b_eq, b_q.dtype)
+            b_ke = wide_operand(b_k * b_ek, b_k.dtype)
+            b_level = tl.dot(b_qe, tl.trans(b_ke), input_precision=PRECISION)
+            b_P += tl.where(m_pairs, b_level, 0.0)
+            i_half = tl.where(is_near, -1, i_half - 1)
 
     # what lies above the diagonal is of no pair
     b_P = tl.where(o_c[:, None] > o_c[None, :], b_P, 0.0)
@@ -213,7 +201,7 @@ def gla_decay_rows_kernel(
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
-    problem, launches = call.sizes.problem, int(call.config["launches"])
+    problem = call.sizes.problem
     names = ("P", "qg", "kg", "decay", "k_scale", "q_scale", "chunk_table")
     blocks = call.sizes.chunks * problem.num_heads
     arguments = dict(
@@ -221,13 +209,11 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
         **common.row_arguments(call, tensors),
         **gla_gates.levels(call),
         **{name: tensors[name] for name in names},
-        far=tensors["perm"].new_empty(blocks) if launches == 2 else tensors["perm"],
+        far=tensors["perm"].new_empty(blocks),
         scale=call.scale,
         BK=int(call.config["block_k"]),
-        FLAGGED=launches == 2,
     )
-    kernels = (gla_decay_near_rows_kernel, gla_decay_rows_kernel)
-    for kernel in kernels[-launches:]:
+    for kernel in (gla_decay_near_rows_kernel, gla_decay_far_rows_kernel):
         call.launch(kernel, (blocks,), arguments, num_warps=int(call.config["num_warps"]), num_stages=1)
 
 
