@@ -20,8 +20,8 @@ STAGED_OUTER = Space(
     params=(
         Param("chunk_size", (16, 32, 64, 128), 64, "C, rows of one chunk"),
         Param("state_dtype", ("io", "fp32"), "io", "of the stored chunk states: the problem's dtype, or fp32"),
-        Param("states", ("recompute", "store"), "recompute",
-              "gone through with the output and once more for the gradients; GLA: or kept at boundaries for both"),
+        Param("states", ("recompute", "store"), "store",
+              "GLA: kept at boundaries for output and gradients; or gone through with the output and once more after"),
         Param("split", (0, 16, 32, 64, 128), 0, "GDN: chunks of a group, all groups walked side by side; 0: no groups"),
     ),
     constraints=(

@@ -141,7 +141,7 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
                 "gdn_gradients", "gdn_group_states", "gdn_group_gradients",
                 "gla_prepare", "gla_scan", "gla_recompute", "gla_state_gradient",
                 "gla_decay_rows", "gla_states", "gla_states_split", "gla_output", "gla_states_backward",
-                "gla_states_backward_split", "gla_value_gradients", "gla_gradients", "gla_gradients_near",
+                "gla_states_backward_split", "gla_value_gradients", "gla_gradients_sliced",
                 "combine", "combine_gradients",
             )
         ),

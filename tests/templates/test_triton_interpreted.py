@@ -415,16 +415,21 @@ def test_parameters_change_no_result(rule, template, name, value, poisoned_empty
 
 
 @NORMS
-@pytest.mark.parametrize("gate", [0.1, 1.0, 30.0])
-def test_gla_takes_near_and_far_gates(norm, gate, poisoned_empty):
-    """With states kept: pairs in one product where gates allow it, by halves where they do not, both in one call."""
-    problem = problem_of("gla", norm, seq_len=50, num_heads=1)
+@pytest.mark.parametrize(("gate", "head_dim"), [(0.1, 16), (1.0, 16), (30.0, 16), (1.0, 96)])  # 96: two slices of K
+def test_gla_takes_near_and_far_gates(norm, gate, head_dim, poisoned_empty):
+    """Pairs in one product where gates allow it, by halves where they do not, both in one call."""
+    problem = problem_of("gla", norm, seq_len=50, num_heads=1, head_dim=head_dim)
     inputs = make_inputs(problem, initial=True, gate=gate)
     inputs.g[:25] *= 0.01
-    plan = default_plan(problem, DEVICE, "triton", outer_of(problem, chunk_size=32, states="store"))
-    near = registry.find_template("triton", "gla_gradients_near")
-    choice = StageChoice("triton", near.name, near.space.default(problem, DEVICE, plan.outer))
-    compare(problem, inputs, poisoned_empty, plan=plan.replace_stage("gradients", choice))
+    compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=32, states="store"))
+
+
+@NORMS
+@pytest.mark.parametrize("gate", [1.0, 1e3])
+def test_gla_recomputes_its_states(norm, gate, poisoned_empty):
+    problem = problem_of("gla", norm, seq_len=35, num_heads=1)
+    inputs = make_inputs(problem, initial=True, gate=gate)
+    compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=16, states="recompute"))
 
 
 SPOILED = {

@@ -21,9 +21,9 @@ def test_a_resumed_search_passes_over_trials_with_other_outer_choices(tmp_path):
         study = database.open_study("0" * 32, PROBLEM, DEVICE, {})
         for written in (older, plan.to_dict()):
             database.add_trial(
-                Trial(study=study, kind="stage", stage="scan", plan=written, outcome="ok", time_us=1.0,
+                Trial(study=study, kind="stage", stage="states", plan=written, outcome="ok", time_us=1.0,
                       timings_us=(1.0,), created="2026-11-25T00:00:00+00:00")
             )  # fmt: skip
         recorder = Recorder(database, study, PROBLEM, resume=True, budget_s=60)
-        assert list(recorder.known) == [Candidate("stage", plan, stage="scan").key(PROBLEM)]
+        assert list(recorder.known) == [Candidate("stage", plan, stage="states").key(PROBLEM)]
         recorder.close()

@@ -76,13 +76,6 @@ def halves_of_chunk(b_high, b_low, C: tl.constexpr, LEVELS: tl.constexpr):
 
 
 @triton.jit
-def near_factors(b_x, C: tl.constexpr, LEVELS: tl.constexpr):
-    """e^(b - r) and e^(r - b) [C, BK], r being b in the middle of a chunk that is near; b_x: its `half_exponent`."""
-    b_x = tl.where(in_second(LEVELS - 1, C), b_x, -b_x)
-    return tl.exp(b_x), tl.exp(-b_x)
-
-
-@triton.jit
 def far_decays(b_high, b_low, C: tl.constexpr):
     """e^b and e^(b_C - b) [C, BK], for any gates."""
     o_c = tl.arange(0, C)

@@ -54,6 +54,23 @@ SPACE = Space(
 
 
 @triton.jit
+def chunk_ahead(
+    perm, decay, i_step, n_inner, first_row, n_left, first_chunk, i_h, o_k,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, REVERSE: tl.constexpr,
+):  # fmt: skip
+    """Slots and decay of the chunk of a step, or of none, carried from the step before. In one step with the loads that
+    need them, slots are copied asynchronously and waited for with all copies issued before: nothing stays in flight."""
+    i = n_inner - i_step if REVERSE else i_step
+    o_c = tl.arange(0, C)
+    m_chunk = i_step <= n_inner
+    b_slot = tl.load(
+        perm + tl.cast(first_row + i * C, tl.int64) + o_c, mask=m_chunk & (o_c < n_left - i * C), other=0
+    )
+    p_decay = decay + (tl.cast(first_chunk + i, tl.int64) * H + i_h) * K
+    return b_slot, tl.load(p_decay + o_k, mask=m_chunk & (o_k < K), other=0.0)
+
+
+@triton.jit
 def gla_walk_kernel(
     x, y, decay, perm, segment_rows, segment_chunks, segment_boundaries, at_boundaries, first_state, last_state, M,
     n_sequences,
@@ -76,15 +93,20 @@ def gla_walk_kernel(
         b_state = load_state(first_state, i_state, o_k, o_v, True, K, V)
     n_chunks = tl.cdiv(n_left, C)
     n_inner = n_chunks - 1  # what follows the last chunk is no boundary
+    b_slot, b_decay = chunk_ahead(
+        perm, decay, 0, n_inner, first_row, n_left, first_chunk, i_h, o_k, H, K, C, REVERSE
+    )  # fmt: skip
     for i_step in range(n_chunks if HAS_LAST else n_inner):
         i = n_inner - i_step if REVERSE else i_step
         m_row = o_c < n_left - i * C
         b_row = tl.cast(first_row + i * C, tl.int64) + o_c
-        b_token = (tl.load(perm + b_row, mask=m_row, other=0) // L).to(tl.int64)
         b_x = load_rows(x, i_h.to(tl.int64) * M + b_row, m_row, o_k, K, BK)  # [C, BK]
-        b_y = load_rows(y, b_token * H + i_h, m_row, o_v, V, BV)  # [C, BV]
-        b_decay = tl.load(decay + (tl.cast(first_chunk + i, tl.int64) * H + i_h) * K + o_k, mask=o_k < K, other=0.0)
-        b_state = tl.dot(tl.trans(b_x), b_y, b_state * b_decay[:, None], input_precision=PRECISION)
+        b_y = load_rows(y, (b_slot // L).to(tl.int64) * H + i_h, m_row, o_v, V, BV)  # [C, BV]
+        b_scaled = b_state * b_decay[:, None]
+        b_slot, b_decay = chunk_ahead(
+            perm, decay, i_step + 1, n_inner, first_row, n_left, first_chunk, i_h, o_k, H, K, C, REVERSE
+        )  # fmt: skip
+        b_state = tl.dot(tl.trans(b_x), b_y, b_scaled, input_precision=PRECISION)
         i_boundary = first_boundary + i - (1 if REVERSE else 0)
         store_state(
             at_boundaries, b_state, tl.cast(i_boundary, tl.int64) * H + i_h, o_k, o_v, i_step < n_inner, K, V
