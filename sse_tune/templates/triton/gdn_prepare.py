@@ -60,33 +60,31 @@ def smem_bytes(problem, config) -> int:
 
 @triton.jit
 def diagonal_inverses(p_rows, n_rows, C: tl.constexpr):
-    """(I + N)^-1 of the 16×16 blocks on the diagonal of N, transposed: [C / 16, column, row]. N's rows within their
-    block are 16 numbers each from p_rows on."""
-    NB: tl.constexpr = C // 16
-    o_n = tl.arange(0, NB)
+    """(I + N)^-1 of the 16×16 blocks on the diagonal of N, transposed: [column of N, row within its block]. N's rows
+    within their block are 16 numbers each from p_rows on.
+
+    Each column takes its own row of N, although sixteen take the same one: a tile of that size is loaded four numbers a
+    thread, and the sum over them is for the most part a thread's own."""
+    o_c = tl.arange(0, C)
     o_i = tl.arange(0, 16)
-    m_unit = o_i[None, :, None] == o_i[None, None, :]
-    b_XT = tl.where(m_unit, 1.0, 0.0) + tl.zeros((NB, 16, 16), tl.float32)
+    b_XT = tl.where((o_c & 15)[:, None] == o_i[None, :], 1.0, 0.0)
     for i in tl.static_range(1, 16):
-        o_row = o_n * 16 + i
+        o_row = (o_c >> 4) * 16 + i
         b_N = tl.load(p_rows + o_row[:, None] * 16 + o_i[None, :], mask=(o_row < n_rows)[:, None], other=0.0)
-        b_sum = tl.sum(b_N[:, None, :] * b_XT, 2)  # row i of the product, by column
-        b_XT = tl.where((o_i == i)[None, None, :], b_XT - b_sum[:, :, None], b_XT)
+        b_sum = tl.sum(b_N * b_XT, 1)  # row i of the product, by column
+        b_XT = tl.where((o_i == i)[None, :], b_XT - b_sum[:, None], b_XT)
     return b_XT
 
 
 @triton.jit
 def unit_lower_inverse(b_N, p_rows, m_row, n_rows, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I + N)^-1 of a strictly lower [C, C] fp32 tile; p_rows: scratch of this block's own, 16 fp32 numbers a row."""
-    NB: tl.constexpr = C // 16
     o_c = tl.arange(0, C)
-    o_n = tl.arange(0, NB)
     m_block = (o_c >> 4)[:, None] == (o_c >> 4)[None, :]
     tl.store(p_rows + o_c[:, None] * 16 + (o_c & 15)[None, :], b_N, mask=m_block & m_row[:, None])
     tl.debug_barrier()  # other threads stored what this one reads
-    b_X = tl.permute(diagonal_inverses(p_rows, n_rows, C), (0, 2, 1))
-    m_diagonal = o_n[:, None, None, None] == o_n[None, None, :, None]
-    b_A = tl.reshape(tl.where(m_diagonal, b_X[:, :, None, :], 0.0), (C, C))
+    b_XT = tl.broadcast_to(diagonal_inverses(p_rows, n_rows, C)[:, None, :], (C, C // 16, 16))
+    b_A = tl.trans(tl.where(m_block, tl.reshape(b_XT, (C, C)), 0.0))
     for level in tl.static_range(4, 7):
         if (C >> level) > 1:
             b_i = o_c >> level
