@@ -81,10 +81,17 @@ def unit_lower_inverse(b_N, p_rows, m_row, n_rows, C: tl.constexpr, PRECISION: t
     """(I + N)^-1 of a strictly lower [C, C] fp32 tile; p_rows: scratch of this block's own, 16 fp32 numbers a row."""
     o_c = tl.arange(0, C)
     m_block = (o_c >> 4)[:, None] == (o_c >> 4)[None, :]
-    tl.store(p_rows + o_c[:, None] * 16 + (o_c & 15)[None, :], b_N, mask=m_block & m_row[:, None])
+    o_i = tl.arange(0, 16)
+    o_n = tl.arange(0, C // 16)
+    # a warp of the product that b_N comes from has whole rows: the sum over blocks is a thread's own
+    m_own = o_n[:, None, None, None] == o_n[None, None, :, None]
+    b_own = tl.sum(tl.where(m_own, tl.reshape(b_N, (C // 16, 16, C // 16, 16)), 0.0), 2)
+    tl.store(p_rows + o_c[:, None] * 16 + o_i[None, :], tl.reshape(b_own, (C, 16)), mask=m_row[:, None])
     tl.debug_barrier()  # other threads stored what this one reads
     b_XT = tl.broadcast_to(diagonal_inverses(p_rows, n_rows, C)[:, None, :], (C, C // 16, 16))
-    b_A = tl.trans(tl.where(m_block, tl.reshape(b_XT, (C, C)), 0.0))
+    # N's own zeros: they are laid out as a product's result, as every use of b_A wants it
+    b_zero = tl.where(o_c[:, None] > o_c[None, :], 0.0, b_N)
+    b_A = tl.where(m_block, tl.trans(tl.reshape(b_XT, (C, C))), b_zero)
     for level in tl.static_range(4, 7):
         if (C >> level) > 1:
             b_i = o_c >> level
