@@ -123,20 +123,19 @@ def gdn_prepare_kernel(
     b_at = i_h.to(tl.int64) * M + b_row
     b_kk = tl.zeros((C, C), tl.float32)
     b_qk = tl.zeros((C, C), tl.float32)
-    b_k_square = tl.zeros((C,), tl.float32)
     b_q_square = tl.zeros((C,), tl.float32)
     # unrolled: Triton 3.6 pipelines this loop into one buffer that it fills again while the tensor core reads it
     for i_k in tl.static_range(0, (K + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)
         b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)
-        b_k32 = b_k.to(tl.float32)
         b_q32 = b_q.to(tl.float32)
-        b_k_square += tl.sum(b_k32 * b_k32, 1)
         b_q_square += tl.sum(b_q32 * b_q32, 1)
         b_kk = tl.dot(b_k, tl.trans(b_k), b_kk, input_precision=PRECISION)
         b_qk = tl.dot(b_q, tl.trans(b_k), b_qk, input_precision=PRECISION)
     b_weight = tl.load(weights + b_slot, mask=m_row, other=0.0)
+    # |k|² lies on the diagonal
+    b_k_square = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_kk, 0.0), 1)
     b_a = tl.where(m_write, row_scale(b_k_square, b_weight, NORM), 0.0)
     b_c = tl.where(m_row & (b_lane < READERS), row_scale(b_q_square, b_weight, NORM), 0.0) * scale
     b_beta = tl.load(p_beta + b_head, mask=m_write, other=0.0).to(tl.float32)
