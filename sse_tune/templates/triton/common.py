@@ -322,13 +322,18 @@ def log_gate(b_g, m_write):
 
 
 @triton.jit
+def halves(b_x):
+    """An fp32 tile as two of bf16 whose sum has sixteen of its bits."""
+    b_high = b_x.to(tl.bfloat16)
+    return b_high, (b_x - b_high.to(tl.float32)).to(tl.bfloat16)
+
+
+@triton.jit
 def dot_bf16x3(b_x, b_y):
     """The product of two fp32 tiles in three of their bf16 halves: sixteen bits of each. Written out, since Triton 3.6
     takes its own "bf16x3" apart in a layout that holds whole columns in every thread."""
-    b_x_high = b_x.to(tl.bfloat16)
-    b_y_high = b_y.to(tl.bfloat16)
-    b_x_low = (b_x - b_x_high.to(tl.float32)).to(tl.bfloat16)
-    b_y_low = (b_y - b_y_high.to(tl.float32)).to(tl.bfloat16)
+    b_x_high, b_x_low = halves(b_x)
+    b_y_high, b_y_low = halves(b_y)
     b_sum = tl.dot(b_x_low, b_y_high)
     b_sum = tl.dot(b_x_high, b_y_low, b_sum)
     return tl.dot(b_x_high, b_y_high, b_sum)

@@ -60,33 +60,38 @@ def smem_bytes(problem, config) -> int:
 
 @triton.jit
 def diagonal_inverses(p_rows, n_rows, C: tl.constexpr):
-    """(I + N)^-1 of the 16×16 blocks on the diagonal of N, transposed: [C / 16, column, row]. N's rows within their
-    block are 16 numbers each from p_rows on."""
-    NB: tl.constexpr = C // 16
-    o_n = tl.arange(0, NB)
+    """(I + N)^-1 of the 16×16 blocks on the diagonal of N, transposed: [column of N, row within its block]. N's rows
+    within their block are 16 numbers each from p_rows on.
+
+    Each column takes its own row of N, although sixteen take the same one: a tile of that size is loaded four numbers a
+    thread, and the sum over them is for the most part a thread's own."""
+    o_c = tl.arange(0, C)
     o_i = tl.arange(0, 16)
-    m_unit = o_i[None, :, None] == o_i[None, None, :]
-    b_XT = tl.where(m_unit, 1.0, 0.0) + tl.zeros((NB, 16, 16), tl.float32)
+    b_XT = tl.where((o_c & 15)[:, None] == o_i[None, :], 1.0, 0.0)
     for i in tl.static_range(1, 16):
-        o_row = o_n * 16 + i
+        o_row = (o_c >> 4) * 16 + i
         b_N = tl.load(p_rows + o_row[:, None] * 16 + o_i[None, :], mask=(o_row < n_rows)[:, None], other=0.0)
-        b_sum = tl.sum(b_N[:, None, :] * b_XT, 2)  # row i of the product, by column
-        b_XT = tl.where((o_i == i)[None, None, :], b_XT - b_sum[:, :, None], b_XT)
+        b_sum = tl.sum(b_N * b_XT, 1)  # row i of the product, by column
+        b_XT = tl.where((o_i == i)[None, :], b_XT - b_sum[:, None], b_XT)
     return b_XT
 
 
 @triton.jit
 def unit_lower_inverse(b_N, p_rows, m_row, n_rows, C: tl.constexpr, PRECISION: tl.constexpr):
     """(I + N)^-1 of a strictly lower [C, C] fp32 tile; p_rows: scratch of this block's own, 16 fp32 numbers a row."""
-    NB: tl.constexpr = C // 16
     o_c = tl.arange(0, C)
-    o_n = tl.arange(0, NB)
     m_block = (o_c >> 4)[:, None] == (o_c >> 4)[None, :]
-    tl.store(p_rows + o_c[:, None] * 16 + (o_c & 15)[None, :], b_N, mask=m_block & m_row[:, None])
+    o_i = tl.arange(0, 16)
+    o_n = tl.arange(0, C // 16)
+    # a warp of the product that b_N comes from has whole rows: the sum over blocks is a thread's own
+    m_own = o_n[:, None, None, None] == o_n[None, None, :, None]
+    b_own = tl.sum(tl.where(m_own, tl.reshape(b_N, (C // 16, 16, C // 16, 16)), 0.0), 2)
+    tl.store(p_rows + o_c[:, None] * 16 + o_i[None, :], tl.reshape(b_own, (C, 16)), mask=m_row[:, None])
     tl.debug_barrier()  # other threads stored what this one reads
-    b_X = tl.permute(diagonal_inverses(p_rows, n_rows, C), (0, 2, 1))
-    m_diagonal = o_n[:, None, None, None] == o_n[None, None, :, None]
-    b_A = tl.reshape(tl.where(m_diagonal, b_X[:, :, None, :], 0.0), (C, C))
+    b_XT = tl.broadcast_to(diagonal_inverses(p_rows, n_rows, C)[:, None, :], (C, C // 16, 16))
+    # N's own zeros: they are laid out as a product's result, as every use of b_A wants it
+    b_zero = tl.where(o_c[:, None] > o_c[None, :], 0.0, b_N)
+    b_A = tl.where(m_block, tl.trans(tl.reshape(b_XT, (C, C))), b_zero)
     for level in tl.static_range(4, 7):
         if (C >> level) > 1:
             b_i = o_c >> level
@@ -118,20 +123,19 @@ def gdn_prepare_kernel(
     b_at = i_h.to(tl.int64) * M + b_row
     b_kk = tl.zeros((C, C), tl.float32)
     b_qk = tl.zeros((C, C), tl.float32)
-    b_k_square = tl.zeros((C,), tl.float32)
     b_q_square = tl.zeros((C,), tl.float32)
     # unrolled: Triton 3.6 pipelines this loop into one buffer that it fills again while the tensor core reads it
     for i_k in tl.static_range(0, (K + BK - 1) // BK):
         o_k = i_k * BK + tl.arange(0, BK)
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)
         b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)
-        b_k32 = b_k.to(tl.float32)
         b_q32 = b_q.to(tl.float32)
-        b_k_square += tl.sum(b_k32 * b_k32, 1)
         b_q_square += tl.sum(b_q32 * b_q32, 1)
         b_kk = tl.dot(b_k, tl.trans(b_k), b_kk, input_precision=PRECISION)
         b_qk = tl.dot(b_q, tl.trans(b_k), b_qk, input_precision=PRECISION)
     b_weight = tl.load(weights + b_slot, mask=m_row, other=0.0)
+    # |k|² lies on the diagonal
+    b_k_square = tl.sum(tl.where(o_c[:, None] == o_c[None, :], b_kk, 0.0), 1)
     b_a = tl.where(m_write, row_scale(b_k_square, b_weight, NORM), 0.0)
     b_c = tl.where(m_row & (b_lane < READERS), row_scale(b_q_square, b_weight, NORM), 0.0) * scale
     b_beta = tl.load(p_beta + b_head, mask=m_write, other=0.0).to(tl.float32)

@@ -26,6 +26,7 @@ from sse_tune.templates.triton.common import (
     chunk_rows,
     decay,
     dot_fp32,
+    halves,
     key_tile,
     load_gate_sums,
     load_rows,
@@ -113,13 +114,20 @@ def gdn_score_gradients_kernel(
     for i_k in tl.static_range(0, (K + BK - 1) // BK):
         b_k = load_rows(p_k, b_head, m_row, i_k * BK + tl.arange(0, BK), K, BK)
         b_kk = tl.dot(b_k, tl.trans(b_k), b_kk, input_precision=PRECISION)
-    b_A = load_rows(A, b_at, m_row, o_c, C, C).to(tl.float32)
-    b_dAA = b_dAg * b_A
+    b_A = load_rows(A, b_at, m_row, o_c, C, C)
+    b_dAA = b_dAg * b_A.to(tl.float32)
 
     # the inverse of nearly parallel keys cancels, and operands of ten bits would leave little of dbeta
-    b_AT = tl.trans(b_A)
-    b_T = dot_fp32(b_dAg * b_beta[None, :], b_AT, SOLVE)
-    b_dN = tl.where(o_c[:, None] > o_c[None, :], -dot_fp32(b_AT, b_T, SOLVE), 0.0)
+    b_T = b_dAg * b_beta[None, :]
+    if SOLVE == "bf16x3" and b_A.dtype == tl.bfloat16:  # A is a half without another one
+        b_AT = tl.trans(b_A)
+        b_high, b_low = halves(b_T)
+        b_high, b_low = halves(tl.dot(b_high, b_AT, tl.dot(b_low, b_AT)))
+        b_dN = tl.dot(b_AT, b_high, tl.dot(b_AT, b_low))
+    else:
+        b_AT = tl.trans(b_A.to(tl.float32))
+        b_dN = dot_fp32(b_AT, dot_fp32(b_T, b_AT, SOLVE), SOLVE)
+    b_dN = tl.where(o_c[:, None] > o_c[None, :], -b_dN, 0.0)
     b_dbeta = tl.sum(b_dAA, 0) + b_a * tl.sum(b_dN * b_a[None, :] * b_kk, 1)
     b_E = b_dN * b_beta[:, None]
     store_rows(dn, b_E + tl.trans(b_E), b_at, m_row, o_c, C, C)
