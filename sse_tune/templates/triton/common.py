@@ -162,14 +162,30 @@ def scan_constraints(row_tiles: int, tiles: int = 1) -> tuple[Constraint, ...]:
 
 
 @triton.jit
+def chunk_slots(perm, first_row, n_rows, C: tl.constexpr):
+    """Slots of a chunk's rows; 0 for those masked off, which all are where n_rows <= 0.
+
+    A walk carries those of its next chunk from step to step. Loaded in one step with the rows that lie there, they are
+    copied asynchronously behind the rows of the chunk before, and waiting for them is waiting for all: nothing would
+    stay in flight."""
+    o_c = tl.arange(0, C)
+    return tl.load(perm + (tl.cast(first_row, tl.int64) + o_c), mask=o_c < n_rows, other=0)
+
+
+@triton.jit
+def rows_of(b_slot, first_row, n_rows, C: tl.constexpr, L: tl.constexpr):
+    """Rows and tokens (64-bit), lanes and mask of a chunk of n_rows <= C rows in these slots."""
+    o_c = tl.arange(0, C)
+    b_token = b_slot // L
+    return tl.cast(first_row, tl.int64) + o_c, b_token.to(tl.int64), b_slot - b_token * L, o_c < n_rows
+
+
+@triton.jit
 def chunk_rows(perm, first_row, n_rows, C: tl.constexpr, L: tl.constexpr):
     """Rows and tokens (64-bit), slots, lanes and mask of a chunk of n_rows <= C rows; those masked off have slot 0."""
-    o_c = tl.arange(0, C)
-    m_row = o_c < n_rows
-    b_row = tl.cast(first_row, tl.int64) + o_c
-    b_slot = tl.load(perm + b_row, mask=m_row, other=0)
-    b_token = b_slot // L
-    return b_row, b_slot, b_token.to(tl.int64), b_slot - b_token * L, m_row
+    b_slot = chunk_slots(perm, first_row, n_rows, C)
+    b_row, b_token, b_lane, m_row = rows_of(b_slot, first_row, n_rows, C, L)
+    return b_row, b_slot, b_token, b_lane, m_row
 
 
 @triton.jit

@@ -16,12 +16,13 @@ from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gdn_groups
 from sse_tune.templates.triton.common import (
-    chunk_rows,
+    chunk_slots,
     key_tile,
     load_gate_sums,
     load_rows,
     load_scalars,
     load_state,
+    rows_of,
     store_state,
 )
 from sse_tune.templates.triton.gdn_groups import group_in_window, group_place
@@ -68,10 +69,12 @@ def gdn_group_gradients_kernel(
     if HAS_FINAL:
         b_ds = load_state(d_final_state, i_state + i_h, o_k, o_v, i_after < 0, K, V)
     n_chunks = tl.cdiv(n_left, C)
+    b_slot = chunk_slots(perm, first_row + (n_chunks - 1) * C, n_left - (n_chunks - 1) * C, C)
     for i_back in range(0, n_chunks):
         i = n_chunks - 1 - i_back
         n_rows = tl.minimum(n_left - i * C, C)
-        b_row, b_slot, b_token, b_lane, m_row = chunk_rows(perm, first_row + i * C, n_rows, C, L)
+        b_row, b_token, b_lane, m_row = rows_of(b_slot, first_row + i * C, n_rows, C, L)
+        b_slot = chunk_slots(perm, first_row + (i - 1) * C, tl.where(i > 0, C, 0), C)
         b_head = b_token * H + i_h
         b_at = i_h.to(tl.int64) * M + b_row
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)

@@ -17,12 +17,13 @@ from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gdn_groups
 from sse_tune.templates.triton.common import (
-    chunk_rows,
+    chunk_slots,
     key_tile,
     load_gate_sums,
     load_rows,
     load_scalars,
     load_state,
+    rows_of,
     store_state,
 )
 from sse_tune.templates.triton.gdn_groups import group_in_window, group_place
@@ -70,8 +71,10 @@ def gdn_group_states_kernel(
     b_state = tl.where(is_T & (o_k[:, None] == o_v[None, :]), 1.0, 0.0)
     if HAS_INITIAL:
         b_state += load_state(initial_state, i_state + i_h, o_k, o_v, i_chunk == 0, K, V)
+    b_slot = chunk_slots(perm, first_row, C, C)
     for i in range(0, SPLIT):  # a group that another one follows has no chunk that is not full
-        b_row, b_slot, b_token, b_lane, m_row = chunk_rows(perm, first_row + i * C, C, C, L)
+        b_row, b_token, b_lane, m_row = rows_of(b_slot, first_row + i * C, C, C, L)
+        b_slot = chunk_slots(perm, first_row + (i + 1) * C, tl.where(i + 1 < SPLIT, C, 0), C)
         b_head = b_token * H + i_h
         b_at = i_h.to(tl.int64) * M + b_row
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)

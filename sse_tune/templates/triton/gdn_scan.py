@@ -20,11 +20,12 @@ from sse_tune.space import Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gdn_groups
 from sse_tune.templates.triton.common import (
-    chunk_rows,
+    chunk_slots,
     load_gate_sums,
     load_rows,
     load_scalars,
     load_state,
+    rows_of,
     state_beside,
     store_rows,
     store_state,
@@ -69,9 +70,11 @@ def gdn_scan_kernel(
         b_state = state_beside(group_h, initial_state, i_before, i_state, i_h, o_k, o_v, H, K, V, HAS_INITIAL)
     elif HAS_INITIAL:
         b_state = load_state(initial_state, i_state, o_k, o_v, True, K, V)
+    b_slot = chunk_slots(perm, first_row, n_left, C)
     for i in range(0, tl.cdiv(n_left, C)):
         n_rows = tl.minimum(n_left - i * C, C)
-        b_row, b_slot, b_token, b_lane, m_row = chunk_rows(perm, first_row + i * C, n_rows, C, L)
+        b_row, b_token, b_lane, m_row = rows_of(b_slot, first_row + i * C, n_rows, C, L)
+        b_slot = chunk_slots(perm, first_row + (i + 1) * C, n_left - (i + 1) * C, C)
         b_head = b_token * H + i_h
         b_at = i_h.to(tl.int64) * M + b_row
         b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
