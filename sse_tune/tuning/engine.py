@@ -20,6 +20,7 @@ from sse_tune.tuning.worker import JobResult
 
 _HOPELESS = 1.5  # times the best: two runs are enough to see it
 _SYNC_S = 0.5  # how often the database is asked for what others found, while that is waited for
+_COMPILE_S = 0.01  # how often for what is compiled, while nothing is
 _LAPSED_S = 5.0  # how often for what the dead left
 
 
@@ -73,9 +74,12 @@ class Engine:
             if self.lanes.busy:
                 for (candidate, resources, told), result in self.lanes.wait(_SYNC_S if self._theirs else None):
                     self._end(strategy if told else None, candidate, result, resources)
+            elif self._queue:
+                self.compile_wait_s += _COMPILE_S
+                time.sleep(_COMPILE_S)
             elif self._theirs:
                 time.sleep(_SYNC_S / 5)
-            elif not self._queue:
+            else:
                 assert strategy.finished, "a strategy must ask for something, wait for something, or be finished"
                 return
 
@@ -107,7 +111,7 @@ class Engine:
         return list(pending)
 
     def _next(self, strategy: Strategy) -> tuple[Candidate, Pending] | None:
-        """A candidate that is compiled, else the one that was asked first; None: there is nothing to run now."""
+        """A candidate that is compiled; None: there is none now."""
         lookahead = len(self.lanes) if self.ahead is None else 2 * self.ahead.size
         while len(self._queue) < lookahead and (candidate := strategy.ask()) is not None:
             known = self.known(candidate)
@@ -118,7 +122,7 @@ class Engine:
         for i, (_, compiled) in enumerate(self._queue):
             if all(future.done() for future in compiled):
                 return self._queue.pop(i)
-        return self._queue.pop(0) if self._queue and not self.lanes.busy else None
+        return None
 
     def _start(self, strategy: Strategy, candidate: Candidate, compiled: Pending) -> None:
         if not self.recorder.claim(candidate):

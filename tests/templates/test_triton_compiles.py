@@ -79,8 +79,8 @@ MAX_SPILL_BYTES: dict[tuple[str, str], int] = {
     ("gla_decay_rows", "sm_100"): 344,
     ("gla_value_gradients", "sm_80"): 10,
     # of the launch for gates that are not near; of the other 4808, 128, 176
-    ("gla_gradients_sliced", "sm_80"): 6032,
-    ("gla_gradients_sliced", "sm_90"): 304,
+    ("gla_gradients_sliced", "sm_80"): 6224,
+    ("gla_gradients_sliced", "sm_90"): 336,
     ("gla_gradients_sliced", "sm_100"): 176,
 }
 

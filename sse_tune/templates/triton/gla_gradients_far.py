@@ -112,9 +112,9 @@ def gla_far_kernel(
     i_out = out_start(first_row, n_shared_rows, i_h, is_shared, H, K)
     p_dq = tl.where(is_shared, d_shared_q, dq_rows) + i_out
     p_dk = tl.where(is_shared, d_shared_k, dk_rows) + i_out
-    b_qx = store_gradient(p_dq, b_xq, b_q, b_c, b_e, n_rows, o_k, H, K, C, BK, NORM)
-    b_kx = store_gradient(p_dk, b_xk, b_k, b_a, b_e, n_rows, o_k, H, K, C, BK, NORM)
+    b_qx = store_gradient(p_dq, p_q, b_xq, b_c, b_e, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK, NORM)
+    b_kx = store_gradient(p_dk, p_k, b_xk, b_a, b_e, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK, NORM)
     store_slice(
-        dg_rows, d_shared_g, de_rows, sums, b_db, b_dA, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k,
-        is_shared, n_shared_rows, M, scale, H, K, C, L, WRITERS, READERS, BK,
+        dg_rows, d_shared_g, de_rows, sums, b_db, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k, is_shared,
+        n_shared_rows, M, scale, H, K, C, L, WRITERS, READERS, BK,
     )  # fmt: skip

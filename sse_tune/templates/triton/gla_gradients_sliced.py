@@ -13,8 +13,8 @@ Near gates, as gla_gates has it: with E = e^(b - r), Zq = E q̂, Zk = k̂ / E, t
 so that both sides of a pair enter db with the same rounded factors and cancel where they must. Slices that are not near
 are flagged and left to gla_gradients_far, a second launch of as many blocks.
 
-Registers are what limits this kernel: rows, decays and Z are made twice rather than held, <h, dh> is the diagonal of a
-product, and what all rows of dg share is added after the sum.
+Registers are what limits this kernel: rows are read twice rather than held, <h, dh> is the diagonal of a product, and
+what all rows of dg share is added after the sum.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from sse_tune.templates.triton.common import (
     value_tile,
 )
 from sse_tune.templates.triton.gla_gates import (
-    NEAR_NATS,
     gate_parts,
+    half_exponent,
     halves_of_chunk,
     in_second,
     wide_operand,
 )
-from sse_tune.templates.triton.gla_slices import like_ones, out_start, store_gradient, store_slice, token_rows
+from sse_tune.templates.triton.gla_slices import out_start, store_gradient, store_slice, token_rows
 
 if TYPE_CHECKING:
     import torch
@@ -73,7 +73,7 @@ SPACE = Space(
         Param("block_k", (64, 128), 64, "columns of K in one block"),
         Param("block_v", (64, 128), 64, "columns of V at a time"),
         Param("num_warps", (4, 8), 4, "warps per block"),
-        Param("num_stages", (1, 2, 3), 1, "tiles of V in flight"),
+        Param("num_stages", (1, 2, 3), 3, "tiles of V in flight"),
     ),
     constraints=(
         common.tile_width("block_k", key_tile),
@@ -90,16 +90,6 @@ SPACE = Space(
                    lambda p, c, d: smem_bytes(p, c, d) <= d.smem_per_block_bytes),
     ),
 )
-
-
-@triton.jit
-def decayed_rows(p_rows, b_decay, b_scale, perm, first_row, n_rows, i_h, o_k,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """Rows of q or k, and Z: the same bits whenever it is made, so that it need not be held."""
-    b_head, m_row = token_rows(perm, first_row, n_rows, i_h, H, C, L)
-    b_y = load_rows(p_rows, b_head, m_row, o_k, K, BK)  # [C, BK]
-    return b_y, wide_operand(b_decay * (b_y * b_scale[:, None]), b_y.dtype)
 
 
 @triton.jit
@@ -147,46 +137,41 @@ def gla_slice_kernel(
     m_write = m_row & (b_lane < WRITERS)
     b_high, b_low = gate_parts(tl.where(is_shared, shared_g, g), b_token * H + i_h, m_write, o_k, K, BK)  # [C, BK]
     b_first, b_second = halves_of_chunk(b_high, b_low, C, LEVELS)
-    # of half_exponent: rows j in (first, last] of row i
-    o_first = tl.where(o_c >= C // 2, C // 2 - 1, o_c)
-    o_last = tl.where(o_c >= C // 2, o_c, C // 2 - 1)
-    b_ones = tl.where(o_c[None, :] > o_first[:, None], like_ones(b_dA), 0.0)
-    b_ones = tl.where(o_c[None, :] <= o_last[:, None], b_ones, 0.0).to(tl.float16)
-    b_x = tl.dot(b_ones, b_high) + tl.dot(b_ones, b_low)
-    is_near = tl.min(b_x) >= -NEAR_NATS
-    tl.store(far + tl.program_id(0), tl.where(is_near, 0, 1))  # what is made of a far slice is without meaning
-    b_xq *= tl.exp(b_first)[None, :]
-    b_xk *= tl.exp(b_second)[None, :]
-    b_last *= tl.exp(b_first + b_second)
+    b_x, is_near = half_exponent(b_high, b_low, LEVELS - 1, C)
+    tl.store(far + tl.program_id(0), tl.where(is_near, 0, 1))
+    if not is_near:
+        return
     p_q = tl.where(is_shared, shared_q, q)
     p_k = tl.where(is_shared, shared_k, k)
     b_at = i_h.to(tl.int64) * M + b_row
     b_a = load_scalars(k_scale, b_at, m_row)
     b_c = load_scalars(q_scale, b_at, m_row)
     b_x = tl.where(in_second(LEVELS - 1, C), b_x, -b_x) * 1.4426950408889634
-    _, b_zq = decayed_rows(p_q, tl.exp2(b_x), b_c, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK)
-    _, b_zk = decayed_rows(p_k, tl.exp2(-b_x), b_a, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK)
-    b_last += tl.sum(b_zk.to(tl.float32) * b_xk, 0)
-    b_xq = tl.dot(b_lower, b_zk, b_xq, input_precision=PRECISION)
+    b_head, m_row = token_rows(perm, first_row, n_rows, i_h, H, C, L)
+    b_q = load_rows(p_q, b_head, m_row, o_k, K, BK)  # [C, BK]
+    b_zq = wide_operand(tl.exp2(b_x) * (b_q * b_c[:, None]), b_q.dtype)
+    b_k = load_rows(p_k, b_head, m_row, o_k, K, BK)  # [C, BK]
+    b_zk = wide_operand(tl.exp2(-b_x) * (b_k * b_a[:, None]), b_k.dtype)
+    b_xk *= tl.exp(b_second)[None, :]
+    b_last = tl.sum(b_zk.to(tl.float32) * b_xk, 0) + b_last * tl.exp(b_first + b_second)
+    b_xq = tl.dot(b_lower, b_zk, b_xq * tl.exp(b_first)[None, :], input_precision=PRECISION)
     b_xk = tl.dot(tl.trans(b_lower), b_zq, b_xk, input_precision=PRECISION)
+    b_db = b_zq.to(tl.float32) * b_xq - b_zk.to(tl.float32) * b_xk
 
     i_out = out_start(first_row, n_shared_rows, i_h, is_shared, H, K)
     b_e = tl.load(weights + b_slot, mask=m_row, other=0.0)
-    tl.debug_barrier()  # rows, decays and Z are made anew: held, they would spill
-    b_x += tl.where(n_rows > 0, 0.0, 1.0)
-    b_decay = tl.exp2(b_x)
-    b_q, b_zq = decayed_rows(p_q, b_decay, b_c, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK)
-    b_db = b_zq.to(tl.float32) * b_xq
+    b_nothing = tl.where(n_rows > 0, 0.0, 1.0)
+    tl.debug_barrier()  # q and k are read anew rather than held
+    b_xq *= tl.exp2(b_x + b_nothing)
     p_dq = tl.where(is_shared, d_shared_q, dq_rows) + i_out
-    b_qx = store_gradient(p_dq, b_xq * b_decay, b_q, b_c, b_e, n_rows, o_k, H, K, C, BK, NORM)
-    b_decay = tl.exp2(-b_x)
-    b_k, b_zk = decayed_rows(p_k, b_decay, b_a, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK)
-    b_db -= b_zk.to(tl.float32) * b_xk
+    b_qx = store_gradient(p_dq, p_q, b_xq, b_c, b_e, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK, NORM)
+    b_xk *= tl.exp2(b_nothing - b_x)
     p_dk = tl.where(is_shared, d_shared_k, dk_rows) + i_out
-    b_kx = store_gradient(p_dk, b_xk * b_decay, b_k, b_a, b_e, n_rows, o_k, H, K, C, BK, NORM)
+    b_kx = store_gradient(p_dk, p_k, b_xk, b_a, b_e, perm, first_row, n_rows, i_h, o_k, H, K, C, L, BK, NORM)
+
     store_slice(
-        dg_rows, d_shared_g, de_rows, sums, b_db, b_dA, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k,
-        is_shared, n_shared_rows, M, scale, H, K, C, L, WRITERS, READERS, BK,
+        dg_rows, d_shared_g, de_rows, sums, b_db, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k, is_shared,
+        n_shared_rows, M, scale, H, K, C, L, WRITERS, READERS, BK,
     )  # fmt: skip
 
 

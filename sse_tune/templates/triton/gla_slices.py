@@ -31,18 +31,11 @@ def norm_terms(b_dot, b_square, b_weight, NORM: tl.constexpr):
 
 
 @triton.jit
-def like_ones(b_x):
-    """Ones in the layout of a product. The test is always true, which is found only after layouts were chosen; what
-    is derived from them becomes an operand without a way through shared memory."""
-    return tl.where((b_x.to(tl.int32, bitcast=True) | 1) != 0, 1.0, 0.0)
-
-
-@triton.jit
-def sums_from(b_x, b_like, C: tl.constexpr):
+def sums_from(b_x, C: tl.constexpr):
     """Row i: the sum of the rows j >= i of an fp32 tile, scaled to the range of fp16 and taken in two parts: 22 bits of
     each number down to 2**-28 of the largest, and the tensor cores add faster than a scan along rows."""
     o_c = tl.arange(0, C)
-    b_ones = tl.where(o_c[:, None] <= o_c[None, :], like_ones(b_like), 0.0).to(tl.float16)
+    b_ones = (o_c[:, None] <= o_c[None, :]).to(tl.float16)
     b_most = tl.maximum(tl.max(tl.abs(b_x)), 1e-30)
     b_x *= 16384.0 / b_most
     b_high = b_x.to(tl.float16)
@@ -68,24 +61,24 @@ def out_start(first_row, n_shared_rows, i_h, is_shared, H: tl.constexpr, K: tl.c
 
 @triton.jit
 def store_gradient(
-    p_out, b_x, b_y, b_scale, b_e, n_rows, o_k,
-    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
+    p_out, p_rows, b_x, b_scale, b_e, perm, first_row, n_rows, i_h, o_k,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr, BK: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
     """Stores the gradient of rows y with X, that of the scaled rows, and returns that of the router weight; where K has
     more slices, without the norm's part, and returns the slice's X·y."""
-    o_c = tl.arange(0, C)
-    b_y = b_y.to(tl.float32)
+    b_head, m_row = token_rows(perm, first_row, n_rows, i_h, H, C, L)
+    b_y = load_rows(p_rows, b_head, m_row, o_k, K, BK).to(tl.float32)
     b_dot = tl.sum(b_x * b_y, 1)
     if NORM != "none" and BK >= K:
         b_part, b_dot = norm_terms(b_dot, tl.sum(b_y * b_y, 1), b_e, NORM)
         b_x -= b_part[:, None] * b_y
-    store_rows(p_out, b_scale[:, None] * b_x, o_c * H, o_c < n_rows, o_k, K, BK)
+    store_rows(p_out, b_scale[:, None] * b_x, tl.arange(0, C) * H, m_row, o_k, K, BK)
     return b_dot
 
 
 @triton.jit
 def store_slice(
-    dg_rows, d_shared_g, de_rows, sums, b_db, b_dA, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k, is_shared,
+    dg_rows, d_shared_g, de_rows, sums, b_db, b_last, b_qx, b_kx, perm, first_row, n_rows, i_h, i_k, is_shared,
     n_shared_rows, M, scale,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr, WRITERS: tl.constexpr, READERS: tl.constexpr,
     BK: tl.constexpr,
@@ -94,7 +87,7 @@ def store_slice(
     o_k = i_k * BK + tl.arange(0, BK)
     b_row, _, _, b_lane, m_row = chunk_rows(perm, first_row, n_rows, C, L)
     m_write = m_row & (b_lane < WRITERS)
-    b_dg = tl.where(m_write[:, None], sums_from(b_db, b_dA, C) + b_last[None, :], 0.0)
+    b_dg = tl.where(m_write[:, None], sums_from(b_db, C) + b_last[None, :], 0.0)
     i_out = out_start(first_row, n_shared_rows, i_h, is_shared, H, K)
     if is_shared:
         store_rows(d_shared_g + i_out, b_dg, tl.arange(0, C) * H, m_row, o_k, K, BK)
