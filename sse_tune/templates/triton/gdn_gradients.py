@@ -59,7 +59,7 @@ SPACE = Space(
     params=(
         Param("block_v", (64, 128), 64, "columns of V taken at a time"),
         Param("num_warps", (4, 8), 8, "warps per block"),
-        Param("num_stages", (1, 2, 3), 2, "blocks of V in flight"),
+        Param("num_stages", (1, 2, 3), 1, "blocks of V in flight"),
     ),
     constraints=(
         common.tile_width("block_v", value_tile),
