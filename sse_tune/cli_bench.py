@@ -44,7 +44,7 @@ def bench(
     plot: Annotated[
         pathlib.Path | None, typer.Option(help="A picture of time against T or N; needs sse-tune[plot].")
     ] = None,
-    stages: Annotated[bool, typer.Option("--stages", help="The floor stage by stage.")] = False,
+    stages: Annotated[bool, typer.Option("--stages", help="Time and floor of each stage.")] = False,
     time_limit: Annotated[str, typer.Option(help="Of each comparison: 5s, 1m.")] = "5s",
     db: DbOption = None,
     device: DeviceOption = None,
@@ -65,7 +65,7 @@ def bench(
     ceilings = measure_ceilings(here, problems[0].dtype)  # the problems differ in T and N only
     found = []
     for problem in problems:
-        found.append(bench_plans(problem, here, db, limit, peers=peers, ceilings=ceilings))
+        found.append(bench_plans(problem, here, db, limit, peers=peers, ceilings=ceilings, stages=stages))
         if not as_json:
             _print(found[-1], here.kind, stages)
     if plot is not None and axis is not None:
@@ -162,12 +162,25 @@ def _note(own: Bench, name: str) -> str:
 def _print_stages(own: Bench) -> None:
     from rich.table import Table
 
-    detail = Table(title="floor by stage", title_justify="left")
+    detail = Table(title="stage by stage: the floor, and each alone", title_justify="left")
     for heading in ("stage", "MB", "GFLOP", "memory", "compute"):
         detail.add_column(heading, justify="left" if heading == "stage" else "right")
-    for stage in own.floor.stages:
-        detail.add_row(
-            stage.name, f"{stage.bytes / 1e6:.1f}", f"{stage.flops / 1e9:.2f}", shown_time(stage.memory_us),
-            shown_time(stage.compute_us),
-        )  # fmt: skip
+    for name in own.stages:
+        detail.add_column(name, justify="right")
+        detail.add_column("x floor", justify="right")
+        detail.add_column("", overflow="fold")
+    floors = {stage.name: stage for stage in own.floor.stages}
+    for name in dict.fromkeys((*floors, *(stage for times in own.stages.values() for stage in times))):
+        floor, cells = floors.get(name), ["-"] * 4
+        if floor is not None:
+            cells = [f"{floor.bytes / 1e6:.1f}", f"{floor.flops / 1e9:.2f}", shown_time(floor.memory_us),
+                     shown_time(floor.compute_us)]  # fmt: skip
+        for times in own.stages.values():
+            found = times.get(name)
+            if found is None:
+                cells += ["-", "-", ""]
+                continue
+            ratio = "-" if floor is None or not floor.time_us else f"{found.timing.median_us / floor.time_us:.2f}"
+            cells += [shown_time(found.timing.median_us), ratio, found.template]
+        detail.add_row(name, *cells)
     console().print(detail)

@@ -8,6 +8,7 @@ import pathlib
 from sse_tune.bench.peers import PeerReport, peer_sides
 from sse_tune.bench.roofline import measure_ceilings
 from sse_tune.bench.sides import Side, SideResult, directions_of, graph_pool, own_sides, time_sides
+from sse_tune.bench.stages import StageTime, time_stages
 from sse_tune.database.store import TuningDatabase
 from sse_tune.device import Device
 from sse_tune.problem import Problem
@@ -27,6 +28,7 @@ class Bench:
         floors: direction -> the floor of the machine.
         results: each side in each direction, those of one direction together.
         peers: what was found of each peer; empty where none were asked for.
+        stages: own plan -> stage -> its time alone; empty where not asked for.
     """
 
     problem: Problem
@@ -34,6 +36,7 @@ class Bench:
     floors: dict[str, Floor]
     results: tuple[SideResult, ...]
     peers: tuple[PeerReport, ...]
+    stages: dict[str, dict[str, StageTime]] = dataclasses.field(default_factory=dict)
 
     @property
     def decision(self) -> Decision:
@@ -69,6 +72,9 @@ class Bench:
             "copy_bytes_per_s": self.floor.ceilings.copy_bytes_per_s,
             "matmul_flops_per_s": self.floor.ceilings.matmul_flops_per_s,
             "stages": [{**dataclasses.asdict(stage), "time_us": stage.time_us} for stage in self.floor.stages],
+            "stage_timings": {
+                name: {stage: time.to_dict() for stage, time in times.items()} for name, times in self.stages.items()
+            },
         }
 
 
@@ -80,6 +86,7 @@ def bench(
     *,
     peers: bool = False,
     ceilings: Ceilings | None = None,
+    stages: bool = False,
 ) -> Bench:
     """Times everything that can run a problem, in turn, on random inputs of its size.
 
@@ -90,6 +97,7 @@ def bench(
         time_limit_s: of the comparison.
         peers: other implementations too.
         ceilings: of the device, measured before in this process; None: they are measured now, two seconds more.
+        stages: each stage of this project's plans alone, too.
 
     Raises:
         DatabaseError: the database cannot be read.
@@ -112,7 +120,8 @@ def bench(
     results = time_sides([*sides, *others], where, time_limit_s)
     found = ceilings or measure_ceilings(device, problem.dtype)
     floors = {way: _floor(problem.replace(direction=way), device, found, decisions[way]) for way in decisions}
-    return Bench(problem, decisions, floors, tuple(results), tuple(reports))
+    alone = time_stages(plans, case, device, time_limit_s) if stages else {}  # of the last direction: the problem's
+    return Bench(problem, decisions, floors, tuple(results), tuple(reports), alone)
 
 
 def _floor(problem: Problem, device: Device, ceilings: Ceilings, decision: Decision) -> Floor:
