@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.registry import Call
@@ -35,14 +36,16 @@ if TYPE_CHECKING:
 MODULE = "sse_tune.templates.triton.gla_apply"
 
 
-def smem_bytes(problem: Problem, config: Config) -> int:
+def smem_bytes(problem: Problem, config: Config, device: Device) -> int:
     """Rows and a state in flight, with the call's own state in fp32 or the scores and values; the result on its
     way to the layout of its store."""
     c, bk, bv = int(config["chunk_size"]), int(config["block_k"]), int(config["block_v"])
     item = common.item_bytes(problem)
     state = 4 if config["state_dtype"] == "fp32" else item
-    flight = int(config["num_stages"]) * state * (c * bk + bk * bv)
-    return max(flight + max(4 * bk * bv, item * (c * c + c * bv)), 4 * c * bv) + 8192
+    # with tensor memory a product is waited for a step later, and its tiles with it
+    stages = int(config["num_stages"]) + (device.capability >= 100)
+    flight = stages * state * (c * bk + bk * bv)
+    return max(flight + max(4 * bk * bv, item * (c * c + c * bv)), 4 * c * bv) + 9216
 
 
 SPACE = Space(
@@ -60,7 +63,7 @@ SPACE = Space(
         Constraint("chunk_size * block_v / (32 * num_warps) <= 64",
                    lambda p, c, d: c["chunk_size"] * c["block_v"] <= 64 * 32 * c["num_warps"]),
         Constraint("the tiles fit in shared memory",
-                   lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
+                   lambda p, c, d: smem_bytes(p, c, d) <= d.smem_per_block_bytes),
     ),
 )
 
