@@ -69,7 +69,8 @@ def gdn_group_gradients_kernel(
     if HAS_FINAL:
         b_ds = load_state(d_final_state, i_state + i_h, o_k, o_v, i_after < 0, K, V)
     n_chunks = tl.cdiv(n_left, C)
-    b_slot = chunk_slots(perm, first_row + (n_chunks - 1) * C, n_left - (n_chunks - 1) * C, C)
+    last = tl.maximum(n_chunks - 1, 0) * C  # 0 where there is no row either
+    b_slot = chunk_slots(perm, first_row + last, n_left - last, C)
     for i_back in range(0, n_chunks):
         i = n_chunks - 1 - i_back
         n_rows = tl.minimum(n_left - i * C, C)

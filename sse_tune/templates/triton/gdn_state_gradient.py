@@ -74,7 +74,8 @@ def gdn_state_gradient_kernel(
         b_ds = load_state(d_final_state, i_state, o_k, o_v, True, K, V)
     n_chunks = tl.cdiv(n_left, C)
     first_chunk = tl.load(segment_chunks + i_seg) + i_chunk
-    b_slot = chunk_slots(perm, first_row + (n_chunks - 1) * C, n_left - (n_chunks - 1) * C, C)
+    last = tl.maximum(n_chunks - 1, 0) * C  # 0 where there is no row either
+    b_slot = chunk_slots(perm, first_row + last, n_left - last, C)
     for i_back in range(0, n_chunks):
         i = n_chunks - 1 - i_back
         n_rows = tl.minimum(n_left - i * C, C)
