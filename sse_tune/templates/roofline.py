@@ -1,11 +1,11 @@
 """The floor of a problem: how long each stage must take at least, given how fast a device copies and multiplies.
 
 A stage takes no less than its bytes at the copy rate, nor less than its FLOPs at the matrix rate; both follow from
-`stages.py`. One that walks takes no less than its dependent steps either, nor than the steps that fall to one of the
-blocks which run at a time: what few heads and long sequences wait for. The floor of the staged graph is the sum over
-its stages, since buffers between them go through memory. A backend that fuses stages can be faster than that sum, never
-faster than `fused_us`. `bench` puts measured rates in; a search, which only compares outer choices with each other, the
-declared ones of `DATA_CENTRE`.
+`stages.py`. Where a step of a walk has a declared length, a stage that walks takes no less than its dependent steps
+either, nor than the steps that fall to one of the blocks which run at a time: what few heads and long sequences wait
+for. The floor of the staged graph is the sum over its stages, since buffers between them go through memory. A backend
+that fuses stages can be faster than that sum, never faster than `fused_us`. `bench` puts measured rates in and no
+step; a search, which only compares outer choices with each other, the declared ones of `DATA_CENTRE`.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from sse_tune.templates.stages import GRAPHS, Stage, stages_of
 class Ceilings:
     """What a device does at most, measured: bytes read and written, and FLOPs of a matrix product.
 
-    `step_us`: of a walk, a chunk of 64 rows: no kernel is expected to be faster (docs/log.md).
+    `step_us`: of a walk, a chunk of 64 rows; 0: not known, and no part of the floor. There is no bound to be measured.
     """
 
     copy_bytes_per_s: float
     matmul_flops_per_s: float
-    step_us: float = 1.0
+    step_us: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)

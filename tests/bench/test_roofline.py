@@ -1,5 +1,7 @@
 """The floor: sums of bytes and FLOPs at given rates, and rates that a machine can have."""
 
+import dataclasses
+
 import pytest
 
 from sse_tune.bench.roofline import measure_ceilings
@@ -44,11 +46,13 @@ def test_the_floor_grows_with_the_length_and_hardly_with_the_partitions():
 
 def test_a_walk_takes_its_dependent_steps():
     problem = Problem.preset("spikingbrain2-5b", seq_len=131072, num_heads=4)
-    whole, split = ({stage.name: stage.walk_us for stage in floor(problem, split=n).stages} for n in (0, 32))
+    timed = dataclasses.replace(H200, step_us=1.0)
+    whole, split = ({stage.name: stage.walk_us for stage in floor(problem, timed, split=n).stages} for n in (0, 32))
     assert whole["scan"] == 2048
     assert whole["prepare"] == whole["gradients"] == 0
     # three rows a token, of four heads and two tiles of V, over two blocks on each of 132 multiprocessors
     assert split["scan"] == split["group_states"] == pytest.approx(3 * 2048 * 4 * 2 / (2 * 132))
+    assert all(stage.walk_us == 0 for stage in floor(problem).stages), "what was not measured is no part of a floor"
 
 
 @pytest.mark.parametrize(("heads", "seq_len", "splits"), [(32, 8192, False), (32, 131072, False), (4, 131072, True)])

@@ -1,11 +1,18 @@
 """Timing: medians with their noise, rivals in turn, and a winner only beyond the noise."""
 
 import time
+import types
 
 import pytest
 
+from sse_tune.device import ARCHS
+from sse_tune.problem import Problem
+from sse_tune.templates.registry import default_plan
+from sse_tune.tuning import jobs
 from sse_tune.tuning import measure as measuring
+from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.measure import Timing, compare, measure
+from sse_tune.tuning.workload import Workload
 
 
 def test_compare_ranks_and_interleaves():
@@ -95,3 +102,19 @@ def test_outliers_are_measured_again_in_turn(scripted):
 def test_a_sample_that_is_slow_again_stays(scripted):
     scripted(a=[1.0, 100.0, 101.0, 900.0, 99.0, 100.0, 901.0])
     assert 901.0 in measure(lambda: "a", "cpu", time_limit_s=0, min_repeats=5).times_us
+
+
+def test_a_stage_on_a_gpu_is_timed_in_a_graph(monkeypatch):
+    """As whole plans are: launched by the host, a stage of several small kernels would be timed by their launches."""
+    problem, device, graphs = Problem.preset("demo", dtype="bf16", head_dim=64), ARCHS["sm_90"], []
+
+    def times(calls, load, device, time_limit_s, give_up_us, confirm_us, graph=False):
+        graphs.append(graph)
+        return (Timing((1.0,)),)
+
+    monkeypatch.setattr(jobs, "check", lambda *arguments: Attempt("ok"))
+    monkeypatch.setattr(jobs, "_running", lambda *arguments: (types.SimpleNamespace(run_stage=print),))
+    monkeypatch.setattr(jobs, "_times", times)
+    plan = default_plan(problem, device, "triton")
+    assert jobs.check_and_time_stage(plan, plan, "scan", Workload.of(problem), device, 1.0).outcome == "ok"
+    assert graphs == [True]
