@@ -27,12 +27,16 @@ class Track:
     out: int = 0
     first_us: float | None = None
 
-    def urgency(self) -> float:
-        """Stages that take longer, were tried less and have more left to try come first; one never timed before all."""
+    def urgency(self, slowest_us: float) -> float:
+        """Stages that take longer, were tried less and have more left come first; one never asked for before all.
+
+        Args:
+            slowest_us: counts for a track whose first config still compiles, so that others of it compile meanwhile.
+        """
         if self.asked == 0:
             return float("inf")
         left = max(0, len(self.study.configs) - self.asked) / len(self.study.configs)
-        return left * (self.first_us or 1.0) / (self.asked + 2)
+        return left * (self.first_us or slowest_us) / (self.asked + 2)
 
     def tell(self, choice: StageChoice, time_us: float | None) -> None:
         self.study.tell(choice.config, time_us)
@@ -70,7 +74,8 @@ class Point:
         if self._tracks is None:
             self._tracks = self._open_tracks()
         if not self._is_over(self._tracks):
-            for track in sorted(self._tracks, key=lambda track: -track.urgency()):
+            slowest_us = max((track.first_us or 1.0 for track in self._tracks), default=1.0)
+            for track in sorted(self._tracks, key=lambda track: -track.urgency(slowest_us)):
                 if track.asked < track.limit and (config := track.study.ask()) is not None:
                     track.asked += 1
                     track.out += 1
