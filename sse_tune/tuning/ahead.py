@@ -6,7 +6,7 @@ import concurrent.futures
 import dataclasses
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from sse_tune.compile import compile_stage, limits_reason
 from sse_tune.device import Device
@@ -109,6 +109,11 @@ class CompileAhead:
                 if is_compiled(choice.backend)
             ]
         return submitted
+
+    def withdraw(self, futures: Iterable[concurrent.futures.Future[Compiled]]) -> None:
+        """Takes back what no process has begun, so that what is asked for next need not wait for it."""
+        gone = {future for future in futures if future.cancel()}
+        self._cache = {key: future for key, future in self._cache.items() if future not in gone}
 
     def close(self) -> None:
         """Ends all processes; what was not compiled stays so."""

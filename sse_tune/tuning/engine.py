@@ -66,7 +66,7 @@ class Engine:
         while True:
             if not self.recorder.may_go_on(share):
                 strategy.stop()
-                self._queue = [entry for entry in self._queue if not strategy.withdraw(entry[0])]
+                self._withdraw(strategy)
             self._look_at_theirs(strategy)
             while self.lanes.free and (entry := self._next(strategy)) is not None:
                 self._start(strategy, *entry)
@@ -123,6 +123,20 @@ class Engine:
             if all(future.done() for future in compiled):
                 return self._queue.pop(i)
         return None
+
+    def _withdraw(self, strategy: Strategy) -> None:
+        """Takes back what need not be run any more, from the compilers too: the finals are next there."""
+        kept: list[tuple[Candidate, Pending]] = []
+        dropped: Pending = []
+        for candidate, compiled in self._queue:
+            if strategy.withdraw(candidate):
+                dropped += compiled
+            else:
+                kept.append((candidate, compiled))
+        self._queue = kept
+        if self.ahead is not None and dropped:
+            wanted = {future for _, compiled in kept for future in compiled}
+            self.ahead.withdraw(future for future in dropped if future not in wanted)
 
     def _start(self, strategy: Strategy, candidate: Candidate, compiled: Pending) -> None:
         if not self.recorder.claim(candidate):

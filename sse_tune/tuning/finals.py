@@ -87,6 +87,7 @@ class Finals:
             if not entrants:
                 rule = "some plan must pass the final admission"
                 raise SearchError(rule, self._failures[0], "run `sse-tune check` to see all cases")
+            self._compile_neighbours(min(entrants, key=lambda plan: self._time_of(plan) or float("inf")))
             timings = self._in_turn(entrants)
             winner = self._winner(timings)
             winner, timings = self._refined(winner, timings, failed)
@@ -172,6 +173,8 @@ class Finals:
         improved = True
         while improved:
             improved, batch = False, []
+            if recorder.may_go_on():
+                self._compile_neighbours(winner)
             for plan in self._worth_trying(winner):
                 if not recorder.may_go_on():
                     return winner, timings
@@ -192,6 +195,11 @@ class Finals:
                 winner = min(better, key=lambda plan: again[plan].median_us, default=winner)
                 improved = bool(better) or len(batch) == _NEIGHBOURS_AT_ONCE
         return winner, timings
+
+    def _compile_neighbours(self, winner: Plan) -> None:
+        """Hands all neighbours of a plan to the compilers at once, in the order in which they are tried."""
+        for plan in self._worth_trying(winner):
+            self.engine.compile(Candidate("plan", plan))
 
     def _worth_trying(self, winner: Plan) -> Iterator[Plan]:
         """The neighbours whose changed stage is not known to be slower than the winner's; its dearest stage first."""

@@ -1,6 +1,7 @@
 """Compilation ahead: what is handed to the compilers, and that it is what a check will run."""
 
 import concurrent.futures
+import threading
 
 from sse_tune.database.store import TuningDatabase
 from sse_tune.device import ARCHS, Device
@@ -70,6 +71,31 @@ def test_a_stage_is_compiled_in_another_process():
         compiled = ahead.submit(plan.stages["combine"], PROBLEM, plan.outer).result()
     assert compiled.outcome == "ok"
     assert compiled.resources["registers"] > 0
+
+
+def test_what_is_withdrawn_before_it_began_is_not_compiled():
+    """What a process is at goes on, what waits behind it is gone, and is compiled where it is asked for again."""
+    began, go_on, compiled = threading.Event(), threading.Event(), []
+
+    class Waiting(CompileAhead):
+        def _compile(self, choice, *_):
+            began.set()
+            go_on.wait(20)
+            compiled.append(choice)
+            return Compiled("ok", None, {})
+
+    plan = default_of(PROBLEM)
+    running, waiting, other = (plan.stages[name] for name in ("combine", "scan", "prepare"))
+    with Waiting(DEVICE, 1) as ahead:
+        first, second = ahead.submit(running, PROBLEM, plan.outer), ahead.submit(waiting, PROBLEM, plan.outer)
+        began.wait(20)
+        ahead.withdraw([first, second])
+        assert second.cancelled() and not first.cancelled()
+        third = ahead.submit(other, PROBLEM, plan.outer)
+        go_on.set()
+        assert third.result(20).outcome == first.result(20).outcome == "ok"
+        assert compiled == [running, other]
+        assert ahead.submit(waiting, PROBLEM, plan.outer).result(20).outcome == "ok"
 
 
 def test_there_is_a_compiler_for_every_backend_that_needs_one():

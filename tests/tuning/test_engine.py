@@ -49,3 +49,13 @@ def test_a_candidate_that_takes_long_to_compile_holds_up_no_other(small, cpu, tm
     assert landscape.base(None) in [candidate.plan for candidate in engine.ended[1:]], "the first asked, not first run"
     assert len(engine.ended) == len(database.trials()) > 2
     assert 0.0 < engine.compile_wait_s < 10.0
+
+
+def test_what_is_withdrawn_leaves_the_compilers_unless_others_need_it():
+    shared, own = concurrent.futures.Future(), concurrent.futures.Future()
+    engine, taken_back = Engine.__new__(Engine), []
+    engine.ahead = types.SimpleNamespace(withdraw=taken_back.extend)
+    engine._queue = [("dropped", [shared, own]), ("kept", [shared])]
+    engine._withdraw(types.SimpleNamespace(withdraw=lambda candidate: candidate == "dropped"))
+    assert engine._queue == [("kept", [shared])]
+    assert taken_back == [own]

@@ -120,6 +120,26 @@ def test_it_walks_from_neighbour_to_neighbour(setting, default):
     assert verdict.neighbours >= 3
 
 
+def test_neighbours_are_compiled_before_they_are_tried(setting, default):
+    """Those of the fastest while the finalists run in turn, those of the winner before the first of them runs."""
+    fast, events = varied(default, chunk_size=32), []
+
+    class Noting(ScriptedLanes):
+        def run(self, job):
+            events.append((job.function.__name__, job.arguments[0]))
+            return super().run(job)
+
+    engine = setting(Noting(lambda plan: 50.0 if plan == fast else 100.0))
+    engine.compile = lambda candidate: events.append(("compile", candidate.plan)) or []
+    wanted = set(neighbours(fast, "whole", engine))
+    assert len(wanted) > 1
+    decide(engine, default, [fast])
+    compared = [i for i, (name, _) in enumerate(events) if name == "time_in_turn"]
+    assert {plan for name, plan in events[: compared[0]] if name == "compile"} >= wanted
+    first = next(i for i, (name, plan) in enumerate(events) if i > compared[0] and name == "check_and_time")
+    assert {plan for name, plan in events[compared[0] : first] if name == "compile"} >= wanted
+
+
 def test_neighbours_differ_in_one_step_of_one_parameter(setting, default):
     found = list(neighbours(default, "whole", setting(ScriptedLanes(lambda plan: 1.0))))
     assert found
