@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from sse_tune.errors import SearchError
 from sse_tune.plan import Plan
@@ -87,7 +87,8 @@ class Finals:
             if not entrants:
                 rule = "some plan must pass the final admission"
                 raise SearchError(rule, self._failures[0], "run `sse-tune check` to see all cases")
-            self._compile_neighbours(min(entrants, key=lambda plan: self._time_of(plan) or float("inf")))
+            likely = min(entrants, key=lambda plan: self._time_of(plan) or float("inf"))
+            self._compile(self._worth_trying(likely))
             timings = self._in_turn(entrants)
             winner = self._winner(timings)
             winner, timings = self._refined(winner, timings, failed)
@@ -173,13 +174,11 @@ class Finals:
         improved = True
         while improved:
             improved, batch = False, []
-            if recorder.may_go_on():
-                self._compile_neighbours(winner)
-            for plan in self._worth_trying(winner):
+            untried = [plan for plan in self._worth_trying(winner) if plan not in seen]
+            self._compile(untried)
+            for plan in untried:
                 if not recorder.may_go_on():
                     return winner, timings
-                if plan in seen:
-                    continue
                 seen.add(plan)
                 self._neighbours += 1
                 recorder.report("neighbours of the best", self._neighbours, self._neighbours + 1)
@@ -196,10 +195,11 @@ class Finals:
                 improved = bool(better) or len(batch) == _NEIGHBOURS_AT_ONCE
         return winner, timings
 
-    def _compile_neighbours(self, winner: Plan) -> None:
-        """Hands all neighbours of a plan to the compilers at once, in the order in which they are tried."""
-        for plan in self._worth_trying(winner):
-            self.engine.compile(Candidate("plan", plan))
+    def _compile(self, plans: Iterable[Plan]) -> None:
+        """Hands plans to the compilers, in the order in which they are tried, if there is time left to try them."""
+        if self.engine.recorder.may_go_on():
+            for plan in plans:
+                self.engine.compile(Candidate("plan", plan))
 
     def _worth_trying(self, winner: Plan) -> Iterator[Plan]:
         """The neighbours whose changed stage is not known to be slower than the winner's; its dearest stage first."""

@@ -64,6 +64,21 @@ def test_a_base_far_behind_is_not_tuned(recorded):
     assert sum(c.plan.outer["chunk_size"] == 32 for c in asked) == 2, "the bases"
 
 
+def test_stages_that_still_compile_are_asked_for_beside_one_that_is_timed(recorded):
+    """A compiler may take long over the first config of a stage: others of it are to be compiled meanwhile."""
+    strategy = Decomposed(recorded, Settings(sampler="random"))
+    base = strategy.ask()
+    strategy.tell(base, recorded.answer_us(base))
+    counts = collections.Counter()
+    for _ in range(15):
+        candidate = strategy.ask()
+        counts[candidate.stage] += 1
+        if candidate.stage == "scan":
+            strategy.tell(candidate, recorded.answer_us(candidate))
+    assert set(counts) == {"prepare", "scan", "gradients"}
+    assert min(counts.values()) >= 4
+
+
 def test_what_is_not_admitted_together_grows_stage_by_stage(recorded):
     strategy = Decomposed(recorded, Settings(sampler="exhaustive", max_points=1))
     base = recorded.base(None)
