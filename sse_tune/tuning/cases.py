@@ -37,6 +37,7 @@ class Hazard:
         checked_sequences: only so many last sequences are compared with the reference; None: all.
         needs: the smallest scale it is run at: "tiny", "full" or "big".
         heads: H; None: at most two.
+        own_kernels: the problem's own H and a length as its own, so that it runs what is compiled for the problem.
         rules: the rules it applies to.
         repeats: how often the same bits are asked for.
     """
@@ -54,6 +55,7 @@ class Hazard:
     checked_sequences: int | None = None
     needs: str = "tiny"
     heads: int | None = None
+    own_kernels: bool = False
     rules: tuple[str, ...] = ("gla", "gdn")
     repeats: int = 2
 
@@ -78,7 +80,15 @@ def _edges(c: int, tiny: bool) -> tuple[int, ...]:
 _PLAIN = (("num_partitions", 0), ("top_k", 0), ("read_k", 0), ("shared", True))
 
 CASES: dict[str, Hazard] = {
-    "ordinary": Hazard(doc="ordinary numbers in the problem's own layout", states=False),
+    "ordinary": Hazard(doc="ordinary numbers in the problem's own layout", states=False, own_kernels=True),
+    "own_gates": Hazard(
+        doc="the gates of `gates` in the problem's own layout", states=False, own_kernels=True, gates=HARD_GATES,
+        repeats=20,
+    ),
+    "own_keys": Hazard(
+        doc="the keys of `duplicate_keys` in the problem's own layout", states=False, own_kernels=True,
+        keys="duplicate", beta="two", gates=(0.0, -1e-4),
+    ),
     "gates": Hazard(
         doc="g of 0, -1e-4, -5, -50 and -1e3 side by side: exp overflows unless masked first",
         lengths=_three, gates=HARD_GATES, repeats=20,
@@ -145,11 +155,13 @@ CASES: dict[str, Hazard] = {
     ),
 }  # fmt: skip
 
-# what every candidate must pass; the first is of the problem's own layout, so that what was compiled for it serves
+# what every config of a stage must pass: of the problem's own layout, so that what was compiled to time it serves
+OWN = ("ordinary", "own_gates", "own_keys")
+# what every whole plan must pass
 QUICK = ("ordinary", "gates", "lengths", "duplicate_keys")
 # what a winner must pass besides: hazards of the numbers alone, for which nothing more is compiled
 FINAL = (
-    *QUICK, "silu_keys", "no_decay", "full_decay", "equal_logits", "infinite_logits", "underflowing_weights",
+    *QUICK, *OWN[1:], "silu_keys", "no_decay", "full_decay", "equal_logits", "infinite_logits", "underflowing_weights",
     "hot_partition", "empty_partitions",
 )  # fmt: skip
 
@@ -192,8 +204,8 @@ def case_problem(name: str, problem: Problem, chunk_size: int, scale: str) -> tu
         lengths = hazard.lengths(c, tiny)
         fields |= {"batch": 1, "seq_len": sum(lengths), "num_sequences": len(lengths)}
     else:
-        if name == "ordinary" and not tiny:
-            fields["num_heads"] = problem.num_heads  # the very kernels that the problem needs
+        if hazard.own_kernels and not tiny:
+            fields["num_heads"] = problem.num_heads
         # divisible by 16 where the problem's own length is: compilers specialise on that
         sequences = problem.num_sequences if "num_sequences" not in changes else None
         usual = 4 * c + 16 if not tiny else 4 * c if sequences is not None else 2 * c

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import functools
 import time
+from collections.abc import Sequence
 
 from sse_tune.plan import Plan
 from sse_tune.templates.stages import stage_contract
 from sse_tune.tuning.ahead import CompileAhead, Compiled
 from sse_tune.tuning.candidates import Candidate, Known
-from sse_tune.tuning.cases import QUICK
+from sse_tune.tuning.cases import OWN, QUICK
 from sse_tune.tuning.check import chunk_size_of
 from sse_tune.tuning.evaluate import Evaluator, Pending
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.lanes import Lanes
+from sse_tune.tuning.leaders import Leaders
 from sse_tune.tuning.strategy import Strategy
 from sse_tune.tuning.worker import JobResult
 
@@ -45,6 +48,7 @@ class Engine:
         self._best: dict[object, float] = {}
         self._queue: list[tuple[Candidate, Pending]] = []
         self._theirs: dict[str, Candidate] = {}
+        self._leaders, self._measuring = Leaders(), False
         self._next_sync = 0.0
         self._next_lapsed = time.monotonic() + _LAPSED_S
 
@@ -70,10 +74,12 @@ class Engine:
             self._look_at_theirs(strategy)
             while self.lanes.free and (entry := self._next(strategy)) is not None:
                 self._start(strategy, *entry)
+            if self.lanes.free and self._queue:
+                self._measure_leaders(strategy)
             self.recorder.report(*strategy.progress())
             if self.lanes.busy:
-                for (candidate, resources, told), result in self.lanes.wait(_SYNC_S if self._theirs else None):
-                    self._end(strategy if told else None, candidate, result, resources)
+                for end, result in self.lanes.wait(self._patience_s):
+                    end(result)
             elif self._queue:
                 self.compile_wait_s += _COMPILE_S
                 time.sleep(_COMPILE_S)
@@ -81,6 +87,7 @@ class Engine:
                 time.sleep(_SYNC_S / 5)
             else:
                 assert strategy.finished, "a strategy must ask for something, wait for something, or be finished"
+                self.recorder.store_again()
                 return
 
     def evaluate(self, candidate: Candidate) -> Attempt:
@@ -103,12 +110,19 @@ class Engine:
             return []
         plan, chunk_size, names = candidate.plan, chunk_size_of(candidate.plan), tuple(QUICK)
         if candidate.stage is not None:
-            plan, names = dataclasses.replace(plan, stages={candidate.stage: plan.stages[candidate.stage]}), QUICK[:1]
+            plan, names = dataclasses.replace(plan, stages={candidate.stage: plan.stages[candidate.stage]}), OWN
         pending: dict[concurrent.futures.Future[Compiled], None] = {}  # in order, each once
         for problem in self.workload.problems:
             posed = names if problem == self.problem else QUICK[:1] if problem in self.workload.layouts else ()
             pending |= dict.fromkeys(self.ahead.submit_plan(plan, problem, chunk_size, posed))
         return list(pending)
+
+    def withdraw(self, dropped: Pending, kept: Sequence[Pending]) -> None:
+        """Takes back from the compilers what only candidates that are dropped need."""
+        wanted = {future for compiled in kept for future in compiled}
+        gone = [future for future in dropped if future not in wanted]
+        if self.ahead is not None and gone:
+            self.ahead.withdraw(gone)
 
     def _next(self, strategy: Strategy) -> tuple[Candidate, Pending] | None:
         """A candidate that is compiled; None: there is none now."""
@@ -134,9 +148,34 @@ class Engine:
             else:
                 kept.append((candidate, compiled))
         self._queue = kept
-        if self.ahead is not None and dropped:
-            wanted = {future for _, compiled in kept for future in compiled}
-            self.ahead.withdraw(future for future in dropped if future not in wanted)
+        self.withdraw(dropped, [compiled for _, compiled in kept])
+
+    @property
+    def _patience_s(self) -> float | None:
+        """How long to wait for a worker before looking elsewhere; None: there is nowhere else to look."""
+        if self.lanes.free and self._queue:
+            return _COMPILE_S
+        return _SYNC_S if self._theirs else None
+
+    def _measure_leaders(self, strategy: Strategy) -> None:
+        """Has the leaders of a stage run in turn, while nothing that is asked for is compiled."""
+        base = strategy.base
+        if base is None or self._measuring or not (leaders := self._leaders.next(base)):
+            return
+        self._measuring = True
+        self.lanes.submit(self.evaluator.job_in_turn(leaders), functools.partial(self._sharpen, strategy, leaders))
+
+    def _sharpen(self, strategy: Strategy, leaders: list[Candidate], result: JobResult) -> None:
+        """Adds to what is known of leaders; where that failed, they stay as they were and are left alone."""
+        self._measuring = False
+        for number, candidate in enumerate(leaders):
+            if result.outcome != "ok":
+                self._leaders.drop(self._rivals(candidate), candidate)
+                continue
+            attempt = self.recorder.measured_again(candidate, result.value[number])
+            self._leaders.note(self._rivals(candidate), candidate, attempt.timings_us)
+            if candidate.base == strategy.base and attempt.time_us is not None:
+                strategy.correct(candidate, attempt.time_us)
 
     def _start(self, strategy: Strategy, candidate: Candidate, compiled: Pending) -> None:
         if not self.recorder.claim(candidate):
@@ -155,12 +194,13 @@ class Engine:
         # a base is slow for stages that are still to be tuned: only what is the end of its search is given up
         ends = candidate.stage is not None or candidate.plan.graph == "whole"
         job = self.evaluator.job(candidate, _HOPELESS * best if ends and best is not None else None, best)
-        self.lanes.submit(job, (candidate, resources, told))
+        self.lanes.submit(job, functools.partial(self._end, strategy if told else None, candidate, resources=resources))
 
     def _refusal(self, candidate: Candidate, compiled: Pending) -> tuple[Attempt, dict[str, int]]:
-        begin = time.monotonic()
+        """See `Evaluator.refusal`: waits for the compilers."""
+        begin, idle = time.monotonic(), not self.lanes.busy
         found = self.evaluator.refusal(candidate, compiled)
-        self.compile_wait_s += time.monotonic() - begin
+        self.compile_wait_s += time.monotonic() - begin if idle else 0.0
         return found
 
     def _end(
@@ -170,6 +210,8 @@ class Engine:
         time_us = self.time_of(candidate, attempt)
         if time_us is not None:
             rivals = self._rivals(candidate)
+            if candidate.stage is not None:
+                self._leaders.note(rivals, candidate, attempt.timings_us)
             self._best[rivals] = min(time_us, self._best.get(rivals, time_us))
         if strategy is not None:
             strategy.tell(candidate, time_us)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sse_tune.device import Device, toolchain
@@ -69,6 +69,13 @@ class Evaluator:
             return Job(jobs.check_and_time, arguments, PLAN_DEADLINE_S + more_s)
         arguments = (plan, candidate.base, candidate.stage, self.workload, self.device, STAGE_TIME_LIMIT_S, *limits)
         return Job(jobs.check_and_time_stage, arguments, STAGE_DEADLINE_S + more_s)
+
+    def job_in_turn(self, candidates: Sequence[Candidate]) -> Job:
+        """More measurements of admitted configs of one stage, on the buffers of one base."""
+        first = candidates[0]
+        plans = [candidate.plan for candidate in candidates]
+        arguments = (plans, first.base, first.stage, self.workload, self.device, STAGE_TIME_LIMIT_S)
+        return Job(jobs.time_stage_in_turn, arguments, STAGE_DEADLINE_S)
 
     def finish(self, candidate: Candidate, result: JobResult, resources: dict[str, int]) -> Attempt:
         """Records what a worker answered, and what must not be tried again."""

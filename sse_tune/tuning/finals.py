@@ -18,7 +18,7 @@ from sse_tune.tuning import jobs
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.cases import FINAL
 from sse_tune.tuning.engine import Engine
-from sse_tune.tuning.evaluate import PLAN_DEADLINE_S, Job
+from sse_tune.tuning.evaluate import PLAN_DEADLINE_S, Job, Pending
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.measure import Measured, Timing
 
@@ -73,6 +73,8 @@ class Finals:
         self._always = [plan for plan in dict.fromkeys((default, *incumbents)) if plan is not None]
         self._neighbours = 0
         self._failures: list[str] = []
+        self._passed: dict[Plan, Attempt] = {}
+        self._compiling: list[Pending] = []
 
     def decide(self, found: Sequence[Plan]) -> Verdict:
         """The answer among the plans found, their neighbours and the incumbent.
@@ -91,9 +93,10 @@ class Finals:
             self._compile(self._worth_trying(likely))
             timings = self._in_turn(entrants)
             winner = self._winner(timings)
-            winner, timings = self._refined(winner, timings, failed)
-            self.engine.recorder.report("final admission", 0, 1)
-            attempt = self._admitted(winner)
+            attempt = self._admitted(winner)  # before its neighbours, which are still compiled
+            if attempt.outcome == "ok":
+                winner, timings = self._refined(winner, timings, failed)
+                attempt = self._admitted(winner)
             if attempt.outcome == "ok":
                 ties = tuple(
                     plan for plan, timing in timings.items()
@@ -174,11 +177,13 @@ class Finals:
         improved = True
         while improved:
             improved, batch = False, []
-            untried = [plan for plan in self._worth_trying(winner) if plan not in seen]
-            self._compile(untried)
-            for plan in untried:
+            untried = self._compile(plan for plan in self._worth_trying(winner) if plan not in seen)
+            while untried:
                 if not recorder.may_go_on():
                     return winner, timings
+                ready = (plan for plan, pending in untried.items() if all(future.done() for future in pending))
+                plan = next(ready, next(iter(untried)))
+                del untried[plan]
                 seen.add(plan)
                 self._neighbours += 1
                 recorder.report("neighbours of the best", self._neighbours, self._neighbours + 1)
@@ -195,11 +200,16 @@ class Finals:
                 improved = bool(better) or len(batch) == _NEIGHBOURS_AT_ONCE
         return winner, timings
 
-    def _compile(self, plans: Iterable[Plan]) -> None:
-        """Hands plans to the compilers, in the order in which they are tried, if there is time left to try them."""
-        if self.engine.recorder.may_go_on():
-            for plan in plans:
-                self.engine.compile(Candidate("plan", plan))
+    def _compile(self, plans: Iterable[Plan]) -> dict[Plan, Pending]:
+        """Hands plans to the compilers, in this order, if there is time left to try them, and takes back what was
+        handed to them before and is not among these."""
+        engine = self.engine
+        if not engine.recorder.may_go_on():
+            return {plan: [] for plan in plans}
+        pending = {plan: engine.compile(Candidate("plan", plan)) for plan in plans}
+        engine.withdraw([future for futures in self._compiling for future in futures], list(pending.values()))
+        self._compiling = list(pending.values())
+        return pending
 
     def _worth_trying(self, winner: Plan) -> Iterator[Plan]:
         """The neighbours whose changed stage is not known to be slower than the winner's; its dearest stage first."""
@@ -239,11 +249,17 @@ class Finals:
         return {plan: Measured(tuple(timings), engine.workload.shares) for plan, timings in entries.items()}
 
     def _admitted(self, plan: Plan) -> Attempt:
+        """The longer admission, once for each plan."""
         engine = self.engine
+        if plan in self._passed:
+            return self._passed[plan]
+        engine.recorder.report("final admission", 0, 1)
         arguments = (plan, engine.workload, engine.evaluator.device, FINAL)
         done = engine.lanes.run(Job(jobs.check, arguments, PLAN_DEADLINE_S))
         attempt = done.value if done.outcome == "ok" else Attempt(done.outcome, done.reason)
-        if attempt.outcome != "ok":
+        if attempt.outcome == "ok":
+            self._passed[plan] = attempt
+        else:
             engine.recorder.add(Candidate("plan", plan), attempt)
         return attempt
 

@@ -15,7 +15,7 @@ import torch
 from sse_tune.device import Device
 from sse_tune.plan import Plan
 from sse_tune.runtime.pipeline import Execution
-from sse_tune.tuning.cases import QUICK
+from sse_tune.tuning.cases import OWN, QUICK
 from sse_tune.tuning.check import check_plan, run_case, synchronize
 from sse_tune.tuning.inputs import Case, workload
 from sse_tune.tuning.measure import Timing, compare, peak_bytes, weighted
@@ -77,8 +77,7 @@ def in_graph(plan: Plan, device: Device) -> bool:
 
 
 def check(plan: Plan, load: Workload, device: Device, names: tuple[str, ...] = QUICK) -> Attempt:
-    """Admits a plan by some cases: by all on the heaviest entry, by the ordinary one for each other layout, which the
-    other cases, with lengths of their own, would not see."""
+    """Admits a plan by some cases: by all on the heaviest entry, by the ordinary one for each other layout."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the cases are small: threads would only wait for each other
     errors: dict[str, float] = {}
@@ -134,7 +133,7 @@ def check_and_time_stage(
     confirm_us: float | None = None,
 ) -> Attempt:
     """Admits a plan that differs from an admitted one in one stage, then times that stage at full size."""
-    admitted = check(plan, load, device, QUICK[:1])
+    admitted = check(plan, load, device, OWN)
     if admitted.outcome != "ok":
         return admitted
 
@@ -145,6 +144,29 @@ def check_and_time_stage(
         return _times(calls, load, device, time_limit_s, give_up_us, confirm_us, in_graph(plan, device)), None
 
     return _timed(times, load, admitted.errors)
+
+
+def time_stage_in_turn(
+    plans: Sequence[Plan], base: Plan, stage: str, load: Workload, device: Device, time_limit_s: float
+) -> list[Attempt]:
+    """More timings of admitted choices of one stage, measured in turn with one another.
+
+    Args:
+        plans: each with its own choice of the stage, else like `base`.
+        base, stage, load, device: see `check_and_time_stage`.
+        time_limit_s: of a plan on an entry.
+    """
+    sides = {
+        (number, entry): functools.partial(run.run_stage, stage, plan.stages[stage])
+        for number, plan in enumerate(plans)
+        for entry, run in enumerate(_running(base, load, device))
+    }
+    found = compare(
+        {f"{number} {entry}": call for (number, entry), call in sides.items()}, torch_device(device),
+        time_limit_s=time_limit_s * len(sides), graph=in_graph(base, device),
+    )  # fmt: skip
+    entries = range(len(load.entries))
+    return [_attempt([found[f"{number} {entry}"] for entry in entries], load, {}) for number in range(len(plans))]
 
 
 def time_in_turn(
@@ -202,9 +224,13 @@ def _timed(
 ) -> Attempt:
     try:
         measured, peak = times()
-        entries = tuple(timing.times_us for timing in measured) if len(measured) > 1 else ()
-        expected = weighted(measured, load.shares).times_us
-        return Attempt("ok", None, expected, errors, peak_bytes=peak, entries_us=entries)
+        return dataclasses.replace(_attempt(measured, load, errors), peak_bytes=peak)
     except Exception as error:  # a candidate may fail at full size in any way
         outcome, reason = classify(error)
         return Attempt(outcome, f"while it was timed: {reason}", (), errors, poisons(error))
+
+
+def _attempt(measured: Sequence[Timing], load: Workload, errors: dict[str, float]) -> Attempt:
+    """What was timed on every entry."""
+    entries = tuple(timing.times_us for timing in measured) if len(measured) > 1 else ()
+    return Attempt("ok", None, weighted(measured, load.shares).times_us, errors, entries_us=entries)

@@ -95,6 +95,17 @@ class Templates:
         return stage_contract(stage, self.problem, outer)
 
 
+def other_defaults(landscape: Landscape, base: Plan) -> list[tuple[str, StageChoice]]:
+    """The default of every template that is not in a base plan, by stage: what its tuning begins with."""
+    found = []
+    for stage, chosen in base.stages.items():
+        for slot in landscape.slots(stage):
+            if (slot.backend, slot.template) != (chosen.backend, chosen.template) and slot.count(landscape, base.outer):
+                config = slot.space.default(landscape.problem, landscape.device, base.outer)
+                found.append((stage, slot.choice(config)))
+    return found
+
+
 def base_plan(workload: Workload, device: Device, backend: str | None = None, outer: Config | None = None) -> Plan:
     """The default plan of the heaviest entry whose default all entries can run.
 

@@ -101,6 +101,11 @@ class Point:
             else:
                 self._after_whole(candidate.plan, time_us)
 
+    def correct(self, candidate: Candidate, time_us: float) -> None:
+        """See `Strategy.correct`."""
+        assert candidate.stage is not None
+        self._track_of(candidate).study.correct(candidate.plan.stages[candidate.stage].config, time_us)
+
     def withdraw(self, candidate: Candidate) -> bool:
         """See `Strategy.withdraw`: whole plans must be run, what follows depends on them."""
         if candidate.stage is None:

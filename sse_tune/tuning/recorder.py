@@ -7,13 +7,14 @@ they found is taken from the database.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import os
 import socket
 import statistics
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from sse_tune.database.claims import MINE, Claim
@@ -75,6 +76,7 @@ class Recorder:
         self._since = 0 if resume else 1 + max((trial.number for trial in present), default=-1)
         self._seen = self._since
         self._own: set[int] = set()
+        self._again: dict[str, Candidate] = {}
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="claims", daemon=True)
         self._heart.start()
@@ -138,12 +140,7 @@ class Recorder:
         if attempt.outcome != "rejected":
             self.evaluated += 1
             self._busy_s += time.monotonic() - begun
-        stored: dict[str, object] = dict(resources or {})
-        if attempt.peak_bytes is not None:
-            stored["peak_bytes"] = attempt.peak_bytes
-        if attempt.entries_us:
-            stored["entries_us"] = [list(times) for times in attempt.entries_us]
-        trial = self._trial(candidate, attempt, stored)
+        trial = self._trial(candidate, attempt, self._resources(attempt, resources or {}))
         number = self.database.finish_claim(trial, key, self.owner)
         if number is None:
             self.sync()  # the lease ran out while this process slept, and another one has the candidate
@@ -156,6 +153,23 @@ class Recorder:
         trial = self._trial(candidate, attempt, {})
         self._own.add(self.database.add_trial(trial))
         self._note(candidate.key(self.problem), trial)
+
+    def measured_again(self, candidate: Candidate, more: Attempt) -> Attempt:
+        """Adds samples to those of a trial, which count here from now on; `store_again` writes them down."""
+        before = self.lookup(candidate)
+        assert before is not None and before.outcome == more.outcome == "ok", "only what was timed is timed again"
+        entries = tuple(old + new for old, new in zip(before.entries_us, more.entries_us, strict=True))
+        attempt = dataclasses.replace(before, timings_us=before.timings_us + more.timings_us, entries_us=entries)
+        key = candidate.key(self.problem)
+        self._again[key] = candidate
+        self._note(key, self._trial(candidate, attempt, self._resources(attempt, self.known[key].resources)))
+        return attempt
+
+    def store_again(self) -> None:
+        """Writes a further trial, with all samples, of each candidate that was measured again."""
+        for key in self._again:
+            self._own.add(self.database.add_trial(self.known[key]))
+        self._again.clear()
 
     def reject(self, candidate: Candidate, reason: str) -> None:
         """Writes a candidate that was never run."""
@@ -180,7 +194,9 @@ class Recorder:
                 key = Candidate(trial.kind, plan, stage=trial.stage).key(self.problem)
             except PlanError:
                 continue  # written by a version with other plans
-            if trial.outcome != "interrupted" and (key not in self.known or trial.outcome != "ok"):
+            known = self.known.get(key)
+            # a failure stands, whenever it was found; of two measurements the later one has the samples of both
+            if trial.outcome != "interrupted" and (known is None or known.outcome == "ok" or trial.outcome != "ok"):
                 self._note(key, trial)
 
     def interrupt(self) -> None:
@@ -212,6 +228,15 @@ class Recorder:
     def _claim_of(self, candidate: Candidate) -> Claim:
         return Claim(self.study, candidate.key(self.problem), candidate.plan.to_dict(), candidate.stage)
 
+    @staticmethod
+    def _resources(attempt: Attempt, compiled: Mapping[str, object]) -> dict[str, object]:
+        stored = dict(compiled)
+        if attempt.peak_bytes is not None:
+            stored["peak_bytes"] = attempt.peak_bytes
+        if attempt.entries_us:
+            stored["entries_us"] = [list(times) for times in attempt.entries_us]
+        return stored
+
     def _trial(self, candidate: Candidate, attempt: Attempt, resources: dict[str, object]) -> Trial:
         return Trial(
             study=self.study,
@@ -228,7 +253,9 @@ class Recorder:
         )
 
     def _note(self, key: str, trial: Trial) -> None:
+        before = self.known.get(key)
         self.known[key] = trial
-        self.outcomes[trial.outcome] += 1
+        if before is None or before.outcome != trial.outcome:
+            self.outcomes[trial.outcome] += 1
         if trial.kind == "plan" and trial.outcome == "ok" and trial.time_us is not None:
             self.best_us = trial.time_us if self.best_us is None else min(self.best_us, trial.time_us)

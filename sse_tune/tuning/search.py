@@ -22,7 +22,7 @@ from sse_tune.tuning.engine import Engine
 from sse_tune.tuning.evaluate import Evaluator
 from sse_tune.tuning.finals import Finals, Verdict
 from sse_tune.tuning.jobs import Attempt
-from sse_tune.tuning.landscape import Templates, base_plan
+from sse_tune.tuning.landscape import Templates, base_plan, other_defaults
 from sse_tune.tuning.lanes import Lanes
 from sse_tune.tuning.machine import backends_for, compilers_for, detect, workers_for
 from sse_tune.tuning.recorder import Progress, Recorder
@@ -135,8 +135,14 @@ def _search(engine: Engine, backends: tuple[str, ...], sampler: str, target: flo
     workload, device, recorder = engine.workload, engine.evaluator.device, engine.recorder
     recorder.report("admitting the default", 0, 1)
     default = base_plan(workload, device, backends[0])
-    first = engine.evaluate(Candidate("plan", default))
+    staged = tuple(backend for backend in backends if graph_of(backend) == "staged")
     known = known_plans(recorder.database, workload, device, backends)
+    for plan in (default, *known):
+        engine.compile(Candidate("plan", plan))
+    if default.graph == "staged":  # compiled while the default is admitted; should it fail, that is lost
+        for stage, choice in other_defaults(Templates(workload, device, staged), default):
+            engine.compile(Candidate("stage", default.replace_stage(stage, choice), default, stage))
+    first = engine.evaluate(Candidate("plan", default))
     holders: list[Plan | None] = []
     for entry in workload.entries:
         holder = incumbent(recorder.database, entry.problem, device, workload.problems)
@@ -146,7 +152,6 @@ def _search(engine: Engine, backends: tuple[str, ...], sampler: str, target: flo
         recorder.report("admitting the incumbent", 0, 1)
         engine.evaluate(Candidate("plan", holder))
     storage = shared_storage(recorder.database)
-    staged = tuple(backend for backend in backends if graph_of(backend) == "staged")
     groups = [staged] if staged else []
     groups += [(backend,) for backend in backends if graph_of(backend) == "whole"]
     found: list[Plan] = []

@@ -52,6 +52,10 @@ class Strategy(Proposer):
     def withdraw(self, candidate: Candidate) -> bool:
         """A candidate that was asked for need not be run, the budget being used; False: it must be all the same."""
 
+    def correct(self, candidate: Candidate, time_us: float) -> None:
+        """A stage's candidate that was told has been measured better, on the `base` of now."""
+        raise AssertionError("a strategy without a base has no stages to be measured again")
+
     @abc.abstractmethod
     def progress(self) -> tuple[str, int, int]:
         """For people: the phase, and how many of how many trials are made in it."""
@@ -172,6 +176,10 @@ class Decomposed(Strategy):
 
     def withdraw(self, candidate: Candidate) -> bool:
         return self._point is not None and self._point.withdraw(candidate)
+
+    def correct(self, candidate: Candidate, time_us: float) -> None:
+        assert self._point is not None and candidate.base == self._point.base, "measured on buffers of another point"
+        self._point.correct(candidate, time_us)
 
     def progress(self) -> tuple[str, int, int]:
         if self._point is None:

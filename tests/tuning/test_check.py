@@ -10,7 +10,7 @@ from sse_tune.space import Config
 from sse_tune.templates.registry import default_plan
 from sse_tune.tuning import check as admission
 from sse_tune.tuning import inputs
-from sse_tune.tuning.cases import CASES, FINAL, QUICK, case_names, case_problem
+from sse_tune.tuning.cases import CASES, FINAL, OWN, QUICK, case_names, case_problem
 from sse_tune.tuning.check import check_plan, chunk_size_of, run_case
 from sse_tune.tuning.inputs import build
 
@@ -208,8 +208,17 @@ def test_tiny_cases_are_tiny_and_repeatable(name):
 
 
 def test_case_sets_are_known():
-    assert set(QUICK) <= set(FINAL) <= set(CASES)
+    assert {*QUICK, *OWN} <= set(FINAL) <= set(CASES)
     assert all(not CASES[name].changes for name in FINAL), "a final case must not ask for more compilation"
+
+
+@pytest.mark.parametrize("sequences", [None, 5])
+def test_the_cases_of_stages_run_what_is_compiled_for_the_ordinary_one(sequences):
+    problem = Problem.preset("spikingbrain2-5b", seq_len=8192, num_sequences=sequences)
+    assert len({case_problem(name, problem, 64, "full") for name in OWN}) == 1
+    assert len({CASES[name].states for name in OWN}) == 1
+    assert case_problem(OWN[0], problem, 64, "full")[0].num_heads == problem.num_heads
+    assert case_problem("gates", problem, 64, "full")[0].num_heads == 2
 
 
 def test_poison_is_seen_by_every_dtype():

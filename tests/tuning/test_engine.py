@@ -1,19 +1,27 @@
-"""The engine: what is compiled runs, whatever was asked for before it."""
+"""The engine: what is compiled runs, whatever was asked for before it; while nothing is, leaders run in turn."""
 
 import concurrent.futures
+import dataclasses
 import threading
 import types
 
+import pytest
+
 from sse_tune.database.store import TuningDatabase
+from sse_tune.device import ARCHS
+from sse_tune.problem import Problem
+from sse_tune.templates.registry import default_plan
+from sse_tune.tuning import jobs
 from sse_tune.tuning.ahead import Compiled
-from sse_tune.tuning.candidates import Settings
+from sse_tune.tuning.candidates import Candidate, Settings
 from sse_tune.tuning.engine import Engine
 from sse_tune.tuning.evaluate import Evaluator
+from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.landscape import Templates
 from sse_tune.tuning.lanes import Lanes
 from sse_tune.tuning.recorder import Recorder
-from sse_tune.tuning.strategy import WholePlans
-from sse_tune.tuning.worker import Worker
+from sse_tune.tuning.strategy import Strategy, WholePlans
+from sse_tune.tuning.worker import JobResult, Worker
 
 
 class SlowFirst(Engine):
@@ -59,3 +67,136 @@ def test_what_is_withdrawn_leaves_the_compilers_unless_others_need_it():
     engine._withdraw(types.SimpleNamespace(withdraw=lambda candidate: candidate == "dropped"))
     assert engine._queue == [("kept", [shared])]
     assert taken_back == [own]
+
+
+class Stages(Strategy):
+    """Asks for the configs of a stage, and keeps what it is told."""
+
+    def __init__(self, base, candidates):
+        super().__init__()
+        self._base, self.left, self.times, self.corrected = base, list(candidates), {}, {}
+
+    def ask(self):
+        self.finished = not self.left
+        return self.left.pop(0) if self.left else None
+
+    def tell(self, candidate, time_us):
+        self.times[candidate] = time_us
+
+    def correct(self, candidate, time_us):
+        self.corrected[candidate] = time_us
+
+    def stop(self):
+        raise AssertionError("the budget is large")
+
+    def withdraw(self, candidate):
+        raise AssertionError("the budget is large")
+
+    def progress(self):
+        return "stages", 0, 1
+
+    @property
+    def base(self):
+        return self._base
+
+
+class InstantLanes:
+    """A lane whose jobs end when they are waited for: a stage alone is measured a little wrong, in turn right."""
+
+    def __init__(self, first_us, true_us, fails=False):
+        self.first_us, self.true_us, self.fails = first_us, true_us, fails
+        self.running, self.in_turn = [], []
+
+    def __len__(self):
+        return 1
+
+    free = property(lambda self: 1 - len(self.running))
+    busy = property(lambda self: bool(self.running))
+
+    def submit(self, job, tag):
+        self.running.append((job, tag))
+
+    def wait(self, timeout_s):
+        job, tag = self.running.pop()
+        if job.function is jobs.time_stage_in_turn:
+            plans = job.arguments[0]
+            self.in_turn.append(plans)
+            if self.fails:
+                return [(tag, JobResult("crash", None, "planted", 0.0))]
+            return [(tag, JobResult("ok", [Attempt("ok", None, (self.true_us[p],) * 30) for p in plans], None, 0.0))]
+        return [(tag, JobResult("ok", Attempt("ok", None, (self.first_us[job.arguments[0]],) * 3), None, 0.0))]
+
+
+@pytest.fixture
+def leaders_setting(tmp_path):
+    """An engine on one stage's configs, the last of which is compiled once two of the others have run in turn."""
+    device, problem = ARCHS["sm_90"], Problem.preset("spikingbrain2-5b")
+    base = default_plan(problem, device)
+    choice = base.stages["scan"]
+    configs = [choice.config.replace(num_stages=n) for n in (1, 2, 3, 4)]
+    candidates = [
+        Candidate("stage", base.replace_stage("scan", dataclasses.replace(choice, config=config)), base, "scan")
+        for config in configs
+    ]
+    recorders = []
+
+    def make(lanes):
+        database = TuningDatabase(tmp_path / "tuning.db")
+        recorder = Recorder(database, database.open_study("key", problem, device, {}), problem, resume=False,
+                            budget_s=600)  # fmt: skip
+        recorders.append(recorder)
+        engine = Engine(Evaluator(problem, device, recorder), types.SimpleNamespace(size=4), lanes)
+
+        class Waiting(concurrent.futures.Future):
+            def done(self):
+                return (len(lanes.in_turn) > 0 and not lanes.running) or engine.compile_wait_s > 1.0
+
+            def result(self, timeout=None):
+                return Compiled("ok", None, {})
+
+        engine.compile = lambda candidate: [Waiting()] if candidate == candidates[-1] else []
+        return engine, Stages(base, candidates), [candidate.plan for candidate in candidates]
+
+    yield make
+    for recorder in recorders:
+        recorder.close()
+
+
+def test_leaders_run_in_turn_while_the_compilers_are_waited_for(leaders_setting):
+    lanes = InstantLanes({}, {})
+    engine, strategy, (first, second, far, last) = leaders_setting(lanes)
+    lanes.first_us |= {first: 100.0, second: 101.0, far: 120.0, last: 150.0}
+    lanes.true_us |= {first: 101.0, second: 99.0}
+    engine.run(strategy, 1.0)
+    assert lanes.in_turn == [[first, second]], "the two that are close, once they are the only thing to do"
+    corrected = {candidate.plan: time_us for candidate, time_us in strategy.corrected.items()}
+    assert corrected == {first: 101.0, second: 99.0}
+    assert len(strategy.times) == 4
+    known = {c.plan: engine.recorder.lookup(c).timings_us for c in strategy.times}
+    assert [len(known[plan]) for plan in (first, second, far, last)] == [33, 33, 3, 3]
+    written = [len(trial.timings_us) for trial in engine.recorder.database.trials()]
+    assert sorted(written) == [3, 3, 3, 3, 33, 33], "the first trials stay, all samples follow"
+    assert engine.recorder.outcomes["ok"] == 4, "a candidate counts once"
+
+
+def test_leaders_that_fail_when_they_run_again_stay_as_they_were(leaders_setting):
+    lanes = InstantLanes({}, {}, fails=True)
+    engine, strategy, plans = leaders_setting(lanes)
+    lanes.first_us |= dict.fromkeys(plans, 100.0)
+    engine.run(strategy, 1.0)
+    assert len(lanes.in_turn) == 1
+    assert not strategy.corrected
+    assert set(strategy.times.values()) == {100.0}
+
+
+def test_what_was_measured_again_counts_when_a_search_is_resumed(leaders_setting):
+    lanes = InstantLanes({}, {})
+    engine, strategy, plans = leaders_setting(lanes)
+    lanes.first_us |= dict.fromkeys(plans, 100.0)
+    lanes.true_us |= dict.fromkeys(plans, 90.0)
+    engine.run(strategy, 1.0)
+    recorder = engine.recorder
+    again = Recorder(recorder.database, recorder.study, recorder.problem, resume=True, budget_s=600)
+    again.close()
+    assert {len(trial.timings_us) for trial in again.known.values()} == {3, 33}
+    assert again.outcomes == recorder.outcomes

@@ -1,5 +1,7 @@
 """Who wins: the incumbent unless beaten beyond the noise, ties as ties, neighbours, memory, and answers of others."""
 
+import concurrent.futures
+
 import pytest
 
 from sse_tune.database.keys import sources_of, toolchain_of
@@ -10,6 +12,7 @@ from sse_tune.errors import SearchError
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.templates.registry import default_plan
+from sse_tune.tuning.ahead import Compiled
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.engine import Engine
 from sse_tune.tuning.evaluate import Evaluator
@@ -28,7 +31,7 @@ class ScriptedLanes:
 
     def __init__(self, time_of, wrong=(), peak_of=lambda plan: None, jitter=JITTER):
         self.time_of, self.wrong, self.peak_of, self.jitter = time_of, wrong, peak_of, jitter
-        self.compared = []
+        self.compared, self.busy = [], False
 
     def run(self, job):
         if job.function.__name__ == "time_in_turn":
@@ -156,6 +159,60 @@ def test_what_fails_the_longer_admission_does_not_win(setting, default):
     assert decide(engine, default, [fast, next_best]).plan == next_best
     assert engine.recorder.lookup(Candidate("plan", fast)).outcome == "wrong"
     assert [t.outcome for t in engine.recorder.database.trials()].count("wrong") == 1
+
+
+def test_the_neighbours_of_a_wrong_winner_are_not_tried(setting, default):
+    fast = varied(default, chunk_size=16)
+    timed = []
+
+    class Noting(ScriptedLanes):
+        def run(self, job):
+            if job.function.__name__ == "check_and_time":
+                timed.append(job.arguments[0])
+            return super().run(job)
+
+    engine = setting(Noting(lambda plan: 40.0 if plan == fast else 100.0, wrong=(fast,)))
+    only_its_own = set(neighbours(fast, "whole", engine)) - {default, *neighbours(default, "whole", engine)}
+    assert only_its_own
+    assert decide(engine, default, [fast]).plan == default
+    assert not only_its_own & set(timed)
+
+
+def test_a_winner_is_admitted_once(setting, default):
+    checked = []
+
+    class Noting(ScriptedLanes):
+        def run(self, job):
+            if job.function.__name__ == "check":
+                checked.append(job.arguments[0])
+            return super().run(job)
+
+    assert decide(setting(Noting(lambda plan: 100.0)), default, []).plan == default
+    assert checked == [default]
+
+
+def test_neighbours_that_are_compiled_do_not_wait_for_one_that_is_not(setting, default):
+    """Its compiler is done only once another neighbour has been tried."""
+    timed = []
+
+    class Noting(ScriptedLanes):
+        def run(self, job):
+            if job.function.__name__ == "check_and_time":
+                timed.append(job.arguments[0])
+            return super().run(job)
+
+    class OnceAnotherRan(concurrent.futures.Future):
+        def done(self):
+            return len(timed) > 1
+
+        def result(self, timeout=None):
+            return Compiled("ok", None, {})
+
+    engine = setting(Noting(lambda plan: 100.0))
+    first, second = list(neighbours(default, "whole", engine))[:2]
+    engine.compile = lambda candidate: [OnceAnotherRan()] if candidate.plan == first else []
+    decide(engine, default, [])
+    assert timed[:3] == [default, second, first]
 
 
 def test_nothing_passes(setting, default):

@@ -4,8 +4,11 @@ import collections
 
 import pytest
 
+from sse_tune.device import ARCHS
+from sse_tune.problem import Problem
 from sse_tune.tuning.candidates import Candidate, Known, Settings
 from sse_tune.tuning.estimate import estimated_best_us
+from sse_tune.tuning.landscape import Templates, other_defaults
 from sse_tune.tuning.recorded import Recorded
 from sse_tune.tuning.strategy import Decomposed, WholePlans
 from sse_tune.tuning.study import SpaceStudy
@@ -111,6 +114,25 @@ def test_the_budget_used_puts_together_what_there_is(recorded):
     assert recorded.exact_us(strategy.plans()[0]) < recorded.exact_us(recorded.base(None))
 
 
+def test_a_better_measurement_decides_what_is_put_together(recorded):
+    strategy = Decomposed(recorded, Settings(sampler="exhaustive", max_points=1))
+    best = None
+
+    def answer(candidate):
+        nonlocal best
+        time_us = recorded.answer_us(candidate)
+        if candidate.stage == "scan" and time_us and (best is None or time_us < best[1]):
+            best = candidate, time_us
+        return time_us
+
+    while (candidate := strategy.ask()) is not None and (candidate.stage is not None or best is None):
+        strategy.tell(candidate, answer(candidate))
+        if best is not None and best[0] == candidate:
+            strategy.correct(candidate, 100 * best[1])
+    assert candidate.plan.stages["scan"] != best[0].plan.stages["scan"]
+    assert candidate.plan.stages["gradients"] != recorded.base(None).stages["gradients"]
+
+
 def test_earlier_results_are_not_asked_for(recorded):
     first = drive(Decomposed(recorded, Settings(sampler="exhaustive")), recorded.answer_us)
     memory = {c.key(recorded.problem): recorded.answer_us(c) for c in first[:100]}
@@ -191,3 +213,17 @@ def test_whole_plans_withdraw(small, cpu):
     assert strategy.withdraw(asked)
     assert strategy.ask() is None
     assert strategy.plans() == []
+
+
+def test_what_the_tuning_of_stages_begins_with_is_known_beforehand():
+    problem, device = Problem.preset("spikingbrain2-5b"), ARCHS["sm_90"]
+    landscape = Templates(problem, device, ("triton", "tilelang"))
+    base = landscape.base(None)
+    found = other_defaults(landscape, base)
+    assert {choice.backend for _, choice in found} == {"tilelang"}
+    assert {stage for stage, _ in found} == {stage for stage in base.stages if len(landscape.slots(stage)) > 1}
+    strategy = Decomposed(landscape, Settings())
+    strategy.tell(strategy.ask(), 1000.0)
+    asked = [strategy.ask() for _ in range(sum(len(landscape.slots(stage)) for stage in base.stages))]
+    begins = {(candidate.stage, candidate.plan.stages[candidate.stage]) for candidate in asked}
+    assert begins == {*found, *base.stages.items()}

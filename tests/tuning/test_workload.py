@@ -342,7 +342,7 @@ class ScriptedLanes:
     """One lane that runs nothing: each plan takes `time_of(plan, number)` on each entry, and all are right."""
 
     def __init__(self, load, time_of):
-        self.load, self.time_of = load, time_of
+        self.load, self.time_of, self.busy = load, time_of, False
 
     def run(self, job):
         if job.function.__name__ == "time_in_turn":
