@@ -86,8 +86,8 @@ CASES: dict[str, Hazard] = {
         repeats=20,
     ),
     "own_keys": Hazard(
-        doc="the keys of `duplicate_keys` in the problem's own layout", states=False, own_kernels=True,
-        keys="duplicate", beta="two", gates=(0.0, -1e-4),
+        doc="the keys of `silu_keys` in the problem's own layout", states=False, own_kernels=True,
+        keys="silu", beta="one", gates=(-1e-4, -0.1),
     ),
     "gates": Hazard(
         doc="g of 0, -1e-4, -5, -50 and -1e3 side by side: exp overflows unless masked first",
