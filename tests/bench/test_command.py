@@ -12,8 +12,10 @@ from sse_tune.bench import plans, plot
 from sse_tune.bench.plans import Bench
 from sse_tune.bench.sides import SideResult
 from sse_tune.cli import app
+from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import Decision
+from sse_tune.space import Config
 from sse_tune.templates import roofline
 from sse_tune.tuning import regret
 from sse_tune.tuning.measure import Timing
@@ -22,6 +24,8 @@ TINY = [
     *("--rule", "gdn", "--heads", "1", "--head-dim", "8", "--partitions", "2", "--top-k", "1"),
     *("--dtype", "fp32", "--device", "cpu", "--time-limit", "0.1s"),
 ]
+
+PLAN = Plan("staged", Config(), {})
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +60,7 @@ def made(problem, sides=("default", "mask, fla-core")):
     floor = roofline.Floor(roofline.Ceilings(1e10, 1e11), stages, 1.0)
     return Bench(
         problem,
-        {way: Decision(None, "default", "a reason") for way in directions},
+        {way: Decision(PLAN, "default", "a reason") for way in directions},
         dict.fromkeys(directions, floor),
         tuple(
             SideResult(name, way, Timing((size * (1 + index),)), 2**20)
