@@ -92,9 +92,7 @@ def peers_of(problem: Problem) -> tuple[Peer, ...]:
     return tuple(peer for peer in PEERS if (peer.pipeline == CHUNK_OP) == (problem.num_partitions == 0))
 
 
-def peer_sides(
-    problem: Problem, device: Device, cases: Mapping[str, Case]
-) -> tuple[list[Side], list[PeerReport]]:
+def peer_sides(problem: Problem, device: Device, cases: Mapping[str, Case]) -> tuple[list[Side], list[PeerReport]]:
     """Each peer held against the reference, then run once at full size.
 
     Args:
@@ -124,9 +122,7 @@ def checked_problem(problem: Problem) -> Problem:
     )
 
 
-def _try(
-    peer: Peer, problem: Problem, device: Device, cases: Mapping[str, Case]
-) -> tuple[list[Side], PeerReport]:
+def _try(peer: Peer, problem: Problem, device: Device, cases: Mapping[str, Case]) -> tuple[list[Side], PeerReport]:
     reason = _cannot(peer, problem)
     if reason is not None:
         return [], PeerReport(peer.name, reason)
