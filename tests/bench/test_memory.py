@@ -5,12 +5,13 @@ import weakref
 import pytest
 import torch
 
-from sse_tune.bench import memory, sides
+from sse_tune.bench import memory, plans, sides
 from sse_tune.bench.memory import LeftOut, leaving_out
 from sse_tune.bench.sides import GRAPH, Side, time_what_fits
 from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.templates.registry import default_plan
+from sse_tune.templates.roofline import Ceilings
 from sse_tune.tuning.inputs import workload
 from sse_tune.tuning.measure import Timing
 
@@ -74,6 +75,16 @@ def test_replays_give_way_where_the_calls_do_not_fit_beside_them(monkeypatch, mo
     assert {part.name for part in left_out} == {"a", "a, graph", "b"} - set(timed)
     assert all("planted" in part.reason for part in left_out)
     assert [side.name for side in made] == timed
+
+
+def test_inputs_of_the_problem_before_are_gone_before_the_next_are_made(monkeypatch):
+    kept = []
+    monkeypatch.setattr(plans, "free", lambda: kept.append(workload.cache_info().currsize))
+    problem = Problem(rule="gla", seq_len=8, num_heads=1, head_dim=8, dtype="fp32", direction="fwd")
+    for seq_len in (8, 9):
+        plans.bench(problem.replace(seq_len=seq_len), CPU, time_limit_s=0.01, ceilings=Ceilings(1e10, 1e11))
+    assert kept == [0, 0]
+    assert workload.cache_info().currsize == 1
 
 
 def test_a_forward_problem_has_no_gradient_in_memory():

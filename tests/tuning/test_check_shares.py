@@ -4,6 +4,7 @@ import collections
 
 import pytest
 
+from sse_tune.cli_check import DEFAULT, Subject
 from sse_tune.device import ARCHS
 from sse_tune.problem import Problem
 from sse_tune.templates.registry import default_plan
@@ -56,6 +57,15 @@ def test_a_lost_worker_costs_the_case_that_killed_it(lanes, cpu, planted):
     assert "SIGSEGV" in reasons["gates"]
     assert reasons["no_decay"] == "planted"
     assert len({case.errors["pid"] for case in report.cases if case.outcome == "ok"}) > 1
+
+
+def test_a_default_is_that_of_each_case_and_a_tuned_plan_is_itself(cpu):
+    problem = Problem.preset("sse-gla-128")
+    plan = default_plan(problem, HOPPER, "triton")
+    default, tuned = (Subject("triton", of, problem, plan).task for of in (DEFAULT, "tuned h16"))
+    forward = problem.replace(direction="fwd")
+    assert default.plan_for(HOPPER)(forward) == default_plan(forward, HOPPER, "triton") != plan
+    assert tuned.plan_for(HOPPER) is None
 
 
 def test_a_share_has_the_cases_of_one_plan_and_of_equal_sizes(cpu):
