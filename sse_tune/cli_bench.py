@@ -23,6 +23,8 @@ from sse_tune.cli_common import (
 )
 
 if TYPE_CHECKING:
+    from sse_tune.bench.memory import LeftOut
+    from sse_tune.bench.peers import PeerReport
     from sse_tune.bench.plans import Bench
     from sse_tune.bench.sides import SideResult
     from sse_tune.problem import Problem
@@ -40,6 +42,9 @@ def bench(
     peers: Annotated[bool, typer.Option("--peers", help="Others too; needs sse-tune[peers] and a GPU.")] = False,
     partition_counts: Annotated[
         str | None, typer.Option(help="Several N, separated by commas, in place of --partitions.")
+    ] = None,
+    occupancy: Annotated[
+        str | None, typer.Option(help="Each side with a skewed router too: shares of first choices, as 90,4,3,3.")
     ] = None,
     plot: Annotated[
         pathlib.Path | None, typer.Option(help="A picture of time against T or N; needs sse-tune[plot].")
@@ -60,12 +65,15 @@ def bench(
     here = find_device(device)
     problems = _problems(choice, here.kind, partition_counts)
     axis = None if plot is None else _plot_axis(plot, problems)
+    shares = [_shares(problem, occupancy) for problem in problems]
     if peers:
         require_peers(here)
     ceilings = measure_ceilings(here, problems[0].dtype)  # the problems differ in T and N only
     found = []
-    for problem in problems:
-        found.append(bench_plans(problem, here, db, limit, peers=peers, ceilings=ceilings, stages=stages))
+    for problem, skewed in zip(problems, shares):
+        found.append(
+            bench_plans(problem, here, db, limit, peers=peers, ceilings=ceilings, stages=stages, occupancy=skewed)
+        )
         if not as_json:
             _print(found[-1], here.kind, stages)
     if plot is not None and axis is not None:
@@ -86,6 +94,19 @@ def _problems(choice: ProblemChoice, kind: str, counts: str | None) -> list[Prob
             "--partitions and --partition-counts exclude each other", f"{choice.partitions} and {counts}", "give one"
         )
     return [problem.replace(num_partitions=int(word)) for problem in problems for word in words]
+
+
+def _shares(problem: Problem, text: str | None) -> tuple[float, ...] | None:
+    """--occupancy as shares of 1, held against the problem by the rules of a workload's entry."""
+    from sse_tune.tuning.workload import Entry
+
+    if text is None:
+        return None
+    try:
+        counts = tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise UsageError("--occupancy must be numbers", repr(text), "write 90,4,3,3") from None
+    return Entry(problem=problem, occupancy=counts).occupancy
 
 
 def _plot_axis(path: pathlib.Path, problems: Sequence[Problem]) -> str:
@@ -110,21 +131,22 @@ def _print(own: Bench, kind: str, stages: bool) -> None:
     from rich.table import Table
 
     problem, ceilings = own.problem, own.floor.ceilings
-    length = f"{problem.batch} x {problem.seq_len} tokens"
-    table = Table(title=f"{problem.bucket.name}, {length}", title_justify="left", caption=_CLOCK[kind])
+    title = f"{problem.bucket.name}, {problem.batch} x {problem.seq_len} tokens"
+    if problem.num_sequences is not None:
+        title += f" in {problem.num_sequences} sequences"
+    if own.occupancy is not None:
+        title += f"; skewed: first choices at {'/'.join(f'{100 * share:.3g}' for share in own.occupancy)} %"
+    table = Table(title=title, title_justify="left", caption=_CLOCK[kind])
     table.caption_justify = "left"
     table.add_column("")
     for direction in own.floors:
         for heading in (f"{direction} ± noise", "x floor", "extra MiB"):
             table.add_column(heading, justify="right")
     table.add_column("", overflow="fold")
-    names = list(dict.fromkeys(result.name for result in own.results))
-    for name in names:
+    parts: tuple[SideResult | LeftOut | PeerReport, ...] = (*own.results, *own.left_out, *own.peers)
+    for name in dict.fromkeys(part.name for part in parts):
         cells = [cell for way in own.floors for cell in _cells(own.of(way).get(name), own.floors[way].time_us)]
         table.add_row(name, *cells, _note(own, name))
-    for peer in own.peers:
-        if peer.name not in names:
-            table.add_row(peer.name, *["-"] * (3 * len(own.floors)), peer.reason or "")
     rates = (
         f"{ceilings.copy_bytes_per_s / 1e9:.0f} GB/s copied, {ceilings.matmul_flops_per_s / 1e12:.2f} TFLOP/s, measured"
     )
@@ -151,12 +173,17 @@ def _cells(result: SideResult | None, floor_us: float) -> tuple[str, str, str]:
 
 
 def _note(own: Bench, name: str) -> str:
-    """Where a plan comes from, or how far a peer is from the reference."""
+    """Where a plan comes from, how far a peer is from the reference, why something was not timed."""
+    notes = [f"{part.direction}: {part.reason}" for part in own.left_out if part.name == name]
     report = next((peer for peer in own.peers if peer.name == name), None)
-    if report is not None and report.error is not None:
-        return f"error {report.error:.1e}"
+    if report is not None and report.reason is not None:
+        notes.append(report.reason)
+    elif report is not None and report.error is not None:
+        notes.append(f"error {report.error:.1e}")
     has_best = any(result.name == "best" for result in own.results)
-    return own.decision.reason if name == ("best" if has_best else "default") else ""
+    if name == ("best" if has_best else "default"):
+        notes.append(f"plan {own.decision.plan.key}: {own.decision.reason}")
+    return "; ".join(notes)
 
 
 def _print_stages(own: Bench) -> None:

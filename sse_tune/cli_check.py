@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -22,14 +25,16 @@ from sse_tune.device import ARCHS
 from sse_tune.problem import DTYPES, RULES, Problem
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator, Sequence
 
     from sse_tune.device import Device
     from sse_tune.plan import Plan
     from sse_tune.tuning.ahead import CompileAhead
-    from sse_tune.tuning.check import CaseResult
+    from sse_tune.tuning.check import CaseResult, Report
+    from sse_tune.tuning.check_shares import Task
 
 
+Tell = Callable[[int, "CaseResult"], None]  # number of a plan and one of its results
 DEFAULT = "default"  # the plan that runs where nothing is tuned: another one for other sizes
 
 
@@ -46,6 +51,13 @@ class Subject:
     def label(self) -> str:
         return f"{self.problem.rule:<4} {self.problem.dtype:<5} {self.backend:<9} {self.plan_of:<8}"
 
+    @property
+    def task(self) -> Task:
+        """What is run: the plan, or the default of each case's sizes that it stands for."""
+        from sse_tune.tuning.check_shares import Task
+
+        return Task(self.plan, self.problem, self.backend if self.plan_of == DEFAULT else None)
+
 
 def check(
     rule: Annotated[str | None, typer.Option(help="Comma-separated: gla, gdn; by default both.")] = None,
@@ -55,15 +67,16 @@ def check(
     quick: Annotated[
         bool, typer.Option("--quick", help="Only the cases that each candidate of a search must pass.")
     ] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Cases side by side in so many processes; compiling is what takes the time.")
+    ] = 1,
     db: DbOption = None,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Every kernel against the reference: outputs, final states, all gradients; exit code 1 when one is wrong."""
     from sse_tune.templates.registry import BACKENDS, default_backend
-    from sse_tune.tuning.ahead import CompileAhead
     from sse_tune.tuning.cases import CASES
-    from sse_tune.tuning.check import check_plan
 
     here = find_device(device)
     rules = split(rule, RULES, "--rule") or RULES
@@ -72,32 +85,25 @@ def check(
     chosen = split(backends, BACKENDS, "--backends") or (default_backend(here),)
     rows: list[dict[str, object]] = []
     unfit: list[str] = []
-    poisoned = False
     if not as_json:
         typer.echo(f"on {here.name} ({here.arch}): error of the worst tensor, relative to the reference in float64")
-    subjects = [(subject, _plan_for(subject, here)) for subject in _subjects(rules, dtypes, chosen, here, db)]
-    with contextlib.ExitStack() as stack:
-        if here.arch in ARCHS:  # kernels for others are compiled as they run
-            ahead = stack.enter_context(CompileAhead(here))
-            for subject, plan_for in subjects:
-                _compile(ahead, subject, plan_for, names, quick, here)
-        for subject, plan_for in subjects:
-            if poisoned:
-                unfit.append(f"{subject.label.strip()}: not run, the device failed before")
-                continue
+    subjects = list(_subjects(rules, dtypes, chosen, here, db))
 
-            def tell(result: CaseResult, subject: Subject = subject) -> None:
-                rows.append(_row(subject, result))
-                if not as_json:
-                    typer.echo(_line(subject, result))
+    def tell(number: int, result: CaseResult) -> None:
+        rows.append(_row(subjects[number], result))
+        if not as_json:
+            typer.echo(_line(subjects[number], result))
 
-            report = check_plan(
-                subject.plan, subject.problem, here, quick, names=names, stop_early=False, on_case=tell,
-                plan_for=plan_for if subject.plan_of == DEFAULT else None,
-            )  # fmt: skip
-            poisoned = poisoned or report.poisoned
-            if report.failure is None and not report.passed:
-                unfit.append(f"{subject.label.strip()}: {report.reason}")
+    tasks = [subject.task for subject in subjects]
+    if processes == 1:
+        reports: Sequence[Report | None] = _check_here(tasks, here, quick, names, tell)
+    else:
+        reports = _check_in_workers(tasks, here, device, processes, quick, names, tell)
+    for subject, report in zip(subjects, reports):
+        if report is None:
+            unfit.append(f"{subject.label.strip()}: not run, the device failed before")
+        elif report.failure is None and not report.passed:
+            unfit.append(f"{subject.label.strip()}: {report.reason}")
     failed = [row for row in rows if row["outcome"] not in ("ok", "not_applicable")]
     passed = [row for row in rows if row["outcome"] == "ok"]
     good = not failed and not unfit and bool(passed)
@@ -112,26 +118,63 @@ def check(
         raise typer.Exit(FAILED)
 
 
-def _plan_for(subject: Subject, device: Device) -> Callable[[Problem], Plan]:
-    """The plan that stands for a subject at other sizes: the default of those, or the one plan that is checked."""
-    from sse_tune.templates.registry import default_plan
+def _check_here(
+    tasks: list[Task], device: Device, quick: bool, names: tuple[str, ...] | None, tell: Tell
+) -> list[Report | None]:
+    """One plan after the other in this process; None: it was not run, for an error of the device came before it."""
+    from sse_tune.tuning.ahead import CompileAhead
+    from sse_tune.tuning.check import check_plan
 
-    if subject.plan_of == DEFAULT:
-        return lambda posed: default_plan(posed, device, subject.backend)
-    return lambda posed: subject.plan
+    reports: list[Report | None] = []
+    with contextlib.ExitStack() as stack:
+        if device.arch in ARCHS:  # kernels for others are compiled as they run
+            ahead = stack.enter_context(CompileAhead(device))
+            for task in tasks:
+                _compile(ahead, task, names, quick, device)
+        for number, task in enumerate(tasks):
+            if any(report is None or report.poisoned for report in reports):
+                reports.append(None)
+                continue
+            reports.append(
+                check_plan(
+                    task.plan, task.problem, device, quick, names=names, stop_early=False,
+                    on_case=functools.partial(tell, number), plan_for=task.plan_for(device),
+                )
+            )  # fmt: skip
+    return reports
 
 
-def _compile(
-    ahead: CompileAhead, subject: Subject, plan_for: Callable[[Problem], Plan], names: tuple[str, ...] | None,
-    quick: bool, device: Device,
-) -> None:
+def _check_in_workers(
+    tasks: list[Task],
+    device: Device,
+    name: str | None,
+    processes: int,
+    quick: bool,
+    names: tuple[str, ...] | None,
+    tell: Tell,
+) -> list[Report]:
+    """Shares of the cases side by side in worker processes, each of which compiles what it runs."""
+    from sse_tune.tuning.check_shares import check_in_shares
+    from sse_tune.tuning.lanes import Lanes
+    from sse_tune.tuning.machine import workers_for
+
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    lanes = Lanes([worker for _ in range(processes) for worker in workers_for(name, threads=threads)])
+    try:
+        return check_in_shares(tasks, device, lanes, quick, names=names, on_case=tell)
+    finally:
+        lanes.close()
+
+
+def _compile(ahead: CompileAhead, task: Task, names: tuple[str, ...] | None, quick: bool, device: Device) -> None:
     """Hands the kernels of all cases to the compilers of all cores: one after the other they take minutes."""
     from sse_tune.tuning.cases import case_names, scale_of
     from sse_tune.tuning.check import chunk_size_of
 
     scale = scale_of(device)
-    chosen = names if names is not None else case_names(subject.problem, quick=quick, scale=scale)
-    ahead.submit_cases(plan_for, subject.problem, chunk_size_of(subject.plan), chosen, scale)
+    chosen = names if names is not None else case_names(task.problem, quick=quick, scale=scale)
+    plan_for = task.plan_for(device) or (lambda posed: task.plan)
+    ahead.submit_cases(plan_for, task.problem, chunk_size_of(task.plan), chosen, scale)
 
 
 def check_problem(rule: str, dtype: str, device: Device) -> Problem:

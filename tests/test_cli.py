@@ -244,6 +244,34 @@ def test_check_is_red_when_a_kernel_is_wrong(monkeypatch):
     assert "0 passed, 1 failed" in found.stdout
 
 
+def test_check_in_two_processes_prints_the_lines_of_one():
+    options = ("check", "--device", "cpu", "--dtype", "fp32", "--quick")
+    one, two = run(*options), run(*options, "--processes", 2)
+    assert one.exit_code == two.exit_code == 0, two.output
+    # all but the errors, which may round differently
+    lines = [[[*line.split()[:5], line.split()[-1]] for line in done.stdout.splitlines()] for done in (one, two)]
+    assert lines[0] == lines[1]
+    assert "8 passed, 0 failed" in two.stdout
+
+
+def test_check_in_two_processes_is_red_when_a_worker_finds_a_failure(monkeypatch):
+    from sse_tune.tuning.worker import JobResult
+
+    lost = JobResult("crash", None, "planted", 1.0)
+    monkeypatch.setattr("sse_tune.tuning.lanes.Worker.run", lambda self, job, *arguments, deadline_s: lost)
+    found = run("check", "--device", "cpu", "--rule", "gla", "--dtype", "fp32", "--cases", "ordinary,gates",
+                "--processes", 2)  # fmt: skip
+    assert found.exit_code == 1, found.output
+    assert found.stdout.count("FAIL  crash: planted") == 2
+    assert "0 passed, 2 failed" in found.stdout
+
+
+def test_check_needs_a_process():
+    found = run("check", "--processes", 0)
+    assert found.exit_code == 2
+    assert "greater than or equal to 1" in found.stderr
+
+
 def test_doctor_says_what_works():
     found = run("doctor", "--json")
     assert found.exit_code == 0, found.output

@@ -1,8 +1,9 @@
 """Other implementations of the same operation: the pipelines of `pipelines.py` over published chunk ops.
 
-The chunk op is flash-linear-attention's (Triton; GLA and GDN) or flash-qla's (TileLang; GDN with K = V = 128). A peer
-is held against the float64 reference before it is timed; one that computes something else, fails or is not installed
-is reported with the reason instead.
+The chunk op is flash-linear-attention's (Triton; GLA and GDN) or flash-qla's (TileLang; GDN with K = V = 128). Where
+there are no sparse partitions, the always-on stream is that op alone: no pipeline is put around it. A peer is held
+against the float64 reference before it is timed; one that computes something else, fails or is not installed is
+reported with the reason instead.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ import importlib
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from sse_tune.bench.memory import free
 from sse_tune.bench.pipelines import ChunkOp, normalised, run_pipeline
 from sse_tune.bench.sides import Run, Side, calls_of, directions_of, peak_bytes
 from sse_tune.device import Device
@@ -28,15 +30,16 @@ from sse_tune.tuning.inputs import Case
 from sse_tune.tuning.jobs import torch_device, workload
 
 DIFFERS = 3e-2  # relative Frobenius error to the reference from which on a peer computes something else
+CHUNK_OP = "chunk op"  # in place of a pipeline's name: one call of the op
 _CHECKED_TOKENS, _CHECKED_SEQUENCES = 512, 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A pipeline over a published chunk op.
+    """A pipeline over a published chunk op, or that op alone.
 
     Args:
-        pipeline: one of `pipelines.LAYOUTS`.
+        pipeline: one of `pipelines.LAYOUTS`, or `CHUNK_OP` for problems without sparse partitions.
         package, distribution: the op's, as it is imported and as it is installed.
         supports: why it cannot run a problem; None: it can.
         load: the op for a problem.
@@ -84,21 +87,26 @@ def require_peers(device: Device) -> None:
         raise DeviceError("--peers needs a GPU", device.name, "leave --peers out here")
 
 
-def peer_sides(problem: Problem, device: Device, case: Case) -> tuple[list[Side], list[PeerReport]]:
+def peers_of(problem: Problem) -> tuple[Peer, ...]:
+    """Those of the problem's kind: pipelines where there are sparse partitions, else the chunk ops themselves."""
+    return tuple(peer for peer in PEERS if (peer.pipeline == CHUNK_OP) == (problem.num_partitions == 0))
+
+
+def peer_sides(problem: Problem, device: Device, cases: Mapping[str, Case]) -> tuple[list[Side], list[PeerReport]]:
     """Each peer held against the reference, then run once at full size.
 
     Args:
         problem: what is measured.
         device: where.
-        case: the inputs it is measured with.
+        cases: what follows the name of a side -> the inputs it is measured with.
 
     Returns:
         The sides of the peers that can be timed, and a report of each peer.
     """
     sides: list[Side] = []
     reports: list[PeerReport] = []
-    for peer in PEERS:
-        found, report = _try(peer, problem, device, case)
+    for peer in peers_of(problem):
+        found, report = _try(peer, problem, device, cases)
         sides.extend(found)
         reports.append(report)
     return sides, reports
@@ -114,7 +122,7 @@ def checked_problem(problem: Problem) -> Problem:
     )
 
 
-def _try(peer: Peer, problem: Problem, device: Device, case: Case) -> tuple[list[Side], PeerReport]:
+def _try(peer: Peer, problem: Problem, device: Device, cases: Mapping[str, Case]) -> tuple[list[Side], PeerReport]:
     reason = _cannot(peer, problem)
     if reason is not None:
         return [], PeerReport(peer.name, reason)
@@ -126,12 +134,14 @@ def _try(peer: Peer, problem: Problem, device: Device, case: Case) -> tuple[list
         if not error < DIFFERS:  # NaN too
             reason = f"its output differs from the reference by {error:.1e}"
             return [], PeerReport(peer.name, reason, error, gradient_error)
-        run, inputs = _run(peer, problem, op, case.scale), _as_users_have_them(case.inputs)
-        calls = calls_of(run, problem, inputs, case.do)
-        sides = [Side(peer.name, way, calls[way], peak_bytes(calls[way], device)) for way in directions_of(problem)]
+        sides = []
+        for suffix, case in cases.items():
+            run, inputs = _run(peer, problem, op, case.scale), _as_users_have_them(case.inputs)
+            calls = calls_of(run, problem, inputs, case.do)
+            for way in directions_of(problem):
+                sides.append(Side(peer.name + suffix, way, calls[way], peak_bytes(calls[way], device)))
     except Exception as failure:  # other people's packages fail in their own ways; the rest is still measured
-        if device.kind == "cuda":
-            torch.cuda.empty_cache()  # what it allocated before it ran out of memory is not for the others to miss
+        free(failure)  # what it allocated before it ran out of memory is not for the others to miss
         lines = str(failure).strip().splitlines()
         reason = f"{type(failure).__name__}: {lines[0] if lines else 'no message'}"
         return [], PeerReport(peer.name, reason, error, gradient_error)
@@ -183,8 +193,6 @@ def _cannot(peer: Peer, problem: Problem) -> str | None:
         return f"not installed: pip install {peer.distribution}"
     if problem.readers != problem.top_k:
         return "the pipeline reads the partitions that it writes"
-    if problem.num_partitions == 0 and peer.pipeline != "varlen":
-        return "without sparse partitions it is the same as the varlen one"
     return peer.supports(problem)
 
 
@@ -222,4 +230,6 @@ PEERS = (
     Peer("varlen", "fla", "fla-core", lambda problem: None, _fla),
     Peer("varlen", "flash_qla", "flash-qla", _qla_supports, _flash_qla),
     Peer("mask", "fla", "fla-core", lambda problem: None, _fla),
+    Peer(CHUNK_OP, "fla", "fla-core", lambda problem: None, _fla),
+    Peer(CHUNK_OP, "flash_qla", "flash-qla", _qla_supports, _flash_qla),
 )

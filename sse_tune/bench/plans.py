@@ -5,17 +5,24 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
+import torch
+
+from sse_tune.bench.memory import LeftOut, free, leaving_out
 from sse_tune.bench.peers import PeerReport, peer_sides
 from sse_tune.bench.roofline import measure_ceilings
-from sse_tune.bench.sides import Side, SideResult, directions_of, graph_pool, own_sides, time_sides
+from sse_tune.bench.sides import Side, SideResult, directions_of, graph_pool, own_sides, time_what_fits
 from sse_tune.bench.stages import StageTime, time_stages
 from sse_tune.database.store import TuningDatabase
 from sse_tune.device import Device
+from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import Decision, decide
 from sse_tune.templates.registry import default_plan
 from sse_tune.templates.roofline import Ceilings, Floor, floor_of
+from sse_tune.tuning.inputs import Case, skewed_logits
 from sse_tune.tuning.jobs import torch_device, workload
+
+SKEWED = ", skewed"  # ends the name of a side that has a router with preferences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +33,12 @@ class Bench:
         problem: what was measured; a training problem also forward alone.
         decisions: direction -> where its best plan comes from.
         floors: direction -> the floor of the machine.
-        results: each side in each direction, those of one direction together.
+        results: each side in each direction, those of one direction together; empty where the inputs do not fit.
         peers: what was found of each peer; empty where none were asked for.
         stages: own plan -> stage -> its time alone; empty where not asked for.
+        left_out: what did not fit in memory.
+        occupancy: the share of tokens that choose each partition first, in the sides whose name ends in `SKEWED`; None:
+            there are none.
     """
 
     problem: Problem
@@ -37,6 +47,8 @@ class Bench:
     results: tuple[SideResult, ...]
     peers: tuple[PeerReport, ...]
     stages: dict[str, dict[str, StageTime]] = dataclasses.field(default_factory=dict)
+    left_out: tuple[LeftOut, ...] = ()
+    occupancy: tuple[float, ...] | None = None
 
     @property
     def decision(self) -> Decision:
@@ -51,22 +63,25 @@ class Bench:
         return {result.name: result for result in self.results if result.direction == direction}
 
     def to_dict(self) -> dict[str, object]:
-        """Plain data, times in microseconds: `timings` and the floors are the problem's; `forward`: forward alone."""
+        """Plain data, times in microseconds: `timings`, the floors and the best plan with its source are the problem's;
+        `forward`: of the forward pass alone."""
         forward = None
         if self.problem.trains:
             forward = {
                 "timings": {name: result.to_dict() for name, result in self.of("fwd").items()},
-                "source": self.decisions["fwd"].source,
+                **_plan(self.decisions["fwd"]),
                 "floor_us": self.floors["fwd"].time_us,
                 "fused_floor_us": self.floors["fwd"].fused_us,
             }
         return {
             "problem": self.problem.to_dict(),
             "bucket": self.problem.bucket.name,
-            "source": self.decision.source,
+            "occupancy": self.occupancy,
+            **_plan(self.decision),
             "timings": {name: result.to_dict() for name, result in self.of(self.problem.direction).items()},
             "forward": forward,
             "peers": [peer.to_dict() for peer in self.peers],
+            "left_out": [dataclasses.asdict(part) for part in self.left_out],
             "floor_us": self.floor.time_us,
             "fused_floor_us": self.floor.fused_us,
             "copy_bytes_per_s": self.floor.ceilings.copy_bytes_per_s,
@@ -78,6 +93,12 @@ class Bench:
         }
 
 
+def _plan(decision: Decision) -> dict[str, object]:
+    """The best plan, by its key too, which is the same wherever the plan is; and where it comes from."""
+    plan = decision.plan
+    return {"source": decision.source, "reason": decision.reason, "plan_key": plan.key, "plan": plan.to_dict()}
+
+
 def bench(
     problem: Problem,
     device: Device,
@@ -87,6 +108,7 @@ def bench(
     peers: bool = False,
     ceilings: Ceilings | None = None,
     stages: bool = False,
+    occupancy: tuple[float, ...] | None = None,
 ) -> Bench:
     """Times everything that can run a problem, in turn, on random inputs of its size.
 
@@ -98,30 +120,58 @@ def bench(
         peers: other implementations too.
         ceilings: of the device, measured before in this process; None: they are measured now, two seconds more.
         stages: each stage of this project's plans alone, too.
+        occupancy: shares of first choices by partition: every side a second time, with a router that has them.
+
+    Returns:
+        Bench: what does not fit in the device's memory is in its `left_out`.
 
     Raises:
         DatabaseError: the database cannot be read.
         ConstraintError: no plan can run the problem here.
     """
     where = torch_device(device)
-    case = workload(problem, where)
-    pool = graph_pool(device)
-    decisions: dict[str, Decision] = {}
+    workload.cache_clear()  # the inputs of the problem before would lie beside these
+    free()
+    ceilings = ceilings or measure_ceilings(device, problem.dtype)
+    decisions = {way: decide(problem.replace(direction=way), device, database) for way in directions_of(problem)}
+    plans = {way: _plans(problem.replace(direction=way), device, decisions[way]) for way in decisions}
+    floors = {way: _floor(problem.replace(direction=way), device, ceilings, decisions[way]) for way in decisions}
+    left_out: list[LeftOut] = []
+    cases: dict[str, Case] = {}
+    with leaving_out("inputs", problem.direction, left_out):
+        cases = _cases(problem, where, occupancy)
     sides: list[Side] = []
-    for direction in directions_of(problem):
+    pool = graph_pool(device)
+    for direction, own in plans.items():
         posed = problem.replace(direction=direction)
-        decisions[direction] = decide(posed, device, database)
-        plans = {"default": default_plan(posed, device)}
-        if decisions[direction].plan != plans["default"]:
-            plans["best"] = decisions[direction].plan
-        for name, plan in plans.items():
-            sides.extend(own_sides(name, plan, posed, device, case, pool))
-    others, reports = peer_sides(problem, device, case) if peers else ([], [])
-    results = time_sides([*sides, *others], where, time_limit_s)
-    found = ceilings or measure_ceilings(device, problem.dtype)
-    floors = {way: _floor(problem.replace(direction=way), device, found, decisions[way]) for way in decisions}
-    alone = time_stages(plans, case, device, time_limit_s) if stages else {}  # of the last direction: the problem's
-    return Bench(problem, decisions, floors, tuple(results), tuple(reports), alone)
+        for name, plan in own.items():
+            for suffix, case in cases.items():
+                sides.extend(own_sides(name + suffix, plan, posed, device, case, pool, left_out))
+    others, reports = peer_sides(problem, device, cases) if peers and cases else ([], [])
+    sides.extend(others)
+    results = time_what_fits(sides, where, time_limit_s, left_out) if sides else []
+    alone: dict[str, dict[str, StageTime]] = {}
+    if stages:
+        for suffix, case in cases.items():
+            with leaving_out("stages" + suffix, problem.direction, left_out):
+                named = {name + suffix: plan for name, plan in plans[problem.direction].items()}
+                alone |= time_stages(named, case, device, time_limit_s)
+    return Bench(problem, decisions, floors, tuple(results), tuple(reports), alone, tuple(left_out), occupancy)
+
+
+def _plans(problem: Problem, device: Device, decision: Decision) -> dict[str, Plan]:
+    """The plans to time, by the name of their side."""
+    plans = {"default": default_plan(problem, device)}
+    return plans if decision.plan == plans["default"] else {**plans, "best": decision.plan}
+
+
+def _cases(problem: Problem, where: str, occupancy: tuple[float, ...] | None) -> dict[str, Case]:
+    """What follows the name of a side -> its inputs, which differ in the router's logits only and share all else."""
+    case = workload(problem, where)
+    if occupancy is None:
+        return {"": case}
+    logits = skewed_logits(len(case.do), occupancy, torch.Generator(where).manual_seed(1))
+    return {"": case, SKEWED: dataclasses.replace(case, inputs=dataclasses.replace(case.inputs, router_logits=logits))}
 
 
 def _floor(problem: Problem, device: Device, ceilings: Ceilings, decision: Decision) -> Floor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sse_tune.bench.memory import LeftOut, free, leaving_out
 from sse_tune.device import Device
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
@@ -133,7 +134,9 @@ def graph_pool(device: Device) -> Any:
     return torch.cuda.graph_pool_handle() if device.kind == "cuda" else None
 
 
-def own_sides(name: str, plan: Plan, problem: Problem, device: Device, case: Case, pool: Any) -> list[Side]:
+def own_sides(
+    name: str, plan: Plan, problem: Problem, device: Device, case: Case, pool: Any, left_out: list[LeftOut]
+) -> list[Side]:
     """A plan of this project: as a call, and as a replay where `in_graph` says so.
 
     Args:
@@ -141,11 +144,14 @@ def own_sides(name: str, plan: Plan, problem: Problem, device: Device, case: Cas
         plan, problem: what runs; the problem may be the forward part of the case's.
         device, case: where, and with which inputs.
         pool: of `graph_pool`.
+        left_out: gets what does not fit in memory.
     """
     run = own_run(plan, problem, device, case.scale)
     call = calls_of(run, problem, case.inputs, case.do)[problem.direction]
-    sides = [Side(name, problem.direction, call, peak_bytes(call, device))]
-    if in_graph(plan, device):
+    sides: list[Side] = []
+    with leaving_out(name, problem.direction, left_out):
+        sides.append(Side(name, problem.direction, call, peak_bytes(call, device)))
+    if sides and in_graph(plan, device):  # a replay needs what a call does
 
         def launches() -> None:
             execution = Execution(plan, problem, case.inputs, scale=case.scale)
@@ -153,7 +159,8 @@ def own_sides(name: str, plan: Plan, problem: Problem, device: Device, case: Cas
             if problem.trains:
                 execution.backward(case.do)
 
-        sides.append(Side(name + GRAPH, problem.direction, measure.captured(launches, pool)))
+        with leaving_out(name + GRAPH, problem.direction, left_out):
+            sides.append(Side(name + GRAPH, problem.direction, measure.captured(launches, pool)))
     return sides
 
 
@@ -161,6 +168,26 @@ def peak_bytes(call: Callable[[], object], device: Device) -> int | None:
     """See `measure.peak_bytes`; the call is run on a CPU too: one that fails is to fail here, not among those timed."""
     call()
     return measure.peak_bytes(call, torch_device(device))
+
+
+def time_what_fits(sides: list[Side], where: str, time_limit_s: float, left_out: list[LeftOut]) -> list[SideResult]:
+    """All sides in one comparison; without the replays, which keep their memory, where the calls do not fit beside it.
+
+    Args:
+        sides: see `time_sides`; replays that do not fit are taken out, so that their memory is free.
+        where, time_limit_s: see `time_sides`.
+        left_out: gets what does not fit.
+    """
+    for replays in (True, False):
+        failed: list[LeftOut] = []
+        with leaving_out("", "", failed):
+            return time_sides(sides, where, time_limit_s)
+        gone = [side for side in sides if side.name.endswith(GRAPH)] if replays else list(sides)
+        left_out += [LeftOut(side.name, side.direction, failed[0].reason) for side in gone]
+        sides[:] = [side for side in sides if side not in gone]
+        del gone
+        free()
+    return []
 
 
 def time_sides(sides: list[Side], where: str, time_limit_s: float) -> list[SideResult]:

@@ -23,6 +23,7 @@ from sse_tune.tuning.tolerance import precision_of
 
 Run = Callable[[Plan, Case], tuple[Results, torch.Tensor | None]]
 POISON_INT = -12345
+CAPTURE = "cuda_graph"  # beside the hazards: a call replayed from a CUDA graph
 _answers = ExactAnswers()
 
 
@@ -97,7 +98,7 @@ def check_plan(
         problem: gives rule, dtype, direction and the sizes that a case does not set.
         device: where to run, and what the constraints are checked against.
         quick: the few cases every candidate must pass instead of all.
-        names: these cases instead; None: by `quick`.
+        names: these cases instead; None: `names_of`.
         scale: "tiny", "full" or "big" cases; None: by the device.
         stop_early: end at the first failure.
         run: what runs a plan on a case; None: `run_case`.
@@ -109,20 +110,28 @@ def check_plan(
         Report: never raises for a wrong kernel.
     """
     scale = scale or scale_of(device)
-    chosen = names if names is not None else case_names(problem, quick=quick, scale=scale)
+    chosen = names if names is not None else names_of(plan, problem, device, quick=quick, scale=scale)
     results: list[CaseResult] = []
     for name in chosen:
-        result, poisoned = _check_case(name, plan, problem, device, scale, quick, run or run_case, plan_for)
+        if name == CAPTURE:
+            result, poisoned = _check_capture(plan, problem, device, scale)
+        else:
+            result, poisoned = _check_case(name, plan, problem, device, scale, quick, run or run_case, plan_for)
         results.append(result)
         if on_case is not None:
             on_case(result)
         if poisoned or (stop_early and result.outcome not in ("ok", "not_applicable")):
             return Report(tuple(results), poisoned)
-    if names is None and not quick and device.kind == "cuda" and plan.graph == "staged":
-        results.append(_check_capture(plan, problem, device, scale))
-        if on_case is not None:
-            on_case(results[-1])
     return Report(tuple(results))
+
+
+def names_of(
+    plan: Plan, problem: Problem, device: Device, *, quick: bool = False, scale: str | None = None
+) -> tuple[str, ...]:
+    """The cases of a plan: the hazards, and where it would run in a CUDA graph `CAPTURE`, the last one."""
+    names = case_names(problem, quick=quick, scale=scale or scale_of(device))
+    is_captured = not quick and device.kind == "cuda" and plan.graph == "staged"
+    return (*names, CAPTURE) if is_captured else names
 
 
 def _check_case(
@@ -160,7 +169,7 @@ def _check_case(
         return CaseResult(name, outcome, shown, {}), poisons(error)
 
 
-def _check_capture(plan: Plan, problem: Problem, device: Device, scale: str) -> CaseResult:
+def _check_capture(plan: Plan, problem: Problem, device: Device, scale: str) -> tuple[CaseResult, bool]:
     """The first case again, replayed from a CUDA graph, must give the same bits."""
     case = build("gates", problem, chunk_size_of(plan), "cuda", scale)
     try:
@@ -168,11 +177,11 @@ def _check_capture(plan: Plan, problem: Problem, device: Device, scale: str) -> 
         results, _ = run_case(plan, case)
         different = differing_in_graph(plan, case, results)
     except (ConstraintError, PlanError, DeviceError) as error:
-        return CaseResult("cuda_graph", "not_applicable", str(error), {})
+        return CaseResult(CAPTURE, "not_applicable", str(error), {}), False
     except Exception as error:  # a call that synchronises fails here
-        return CaseResult("cuda_graph", *classify(error), {})
+        return CaseResult(CAPTURE, *classify(error), {}), poisons(error)
     reason = f"{', '.join(different)}: other bits when replayed from a CUDA graph" if different else None
-    return CaseResult("cuda_graph", "wrong" if different else "ok", reason, {})
+    return CaseResult(CAPTURE, "wrong" if different else "ok", reason, {}), False
 
 
 def _judge(

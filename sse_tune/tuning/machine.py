@@ -18,8 +18,12 @@ _DETECTION_S = 120.0
 Named = Device | torch.device | str | Sequence[str] | None
 
 
-def workers_for(device: Named) -> list[Worker]:
+def workers_for(device: Named, *, threads: int | None = None) -> list[Worker]:
     """A worker for each device that is named; one that is named by its number sees no other GPU.
+
+    Args:
+        device: one or several.
+        threads: the CPU threads of each; None: torch's choice.
 
     Raises:
         SearchError: the names are of different kinds, or a GPU is named twice.
@@ -31,7 +35,7 @@ def workers_for(device: Named) -> list[Worker]:
         len(names) > 1 and len(gpus) < len(names) and names[0].startswith("cuda")
     ):  # fmt: skip
         raise SearchError("the devices must be different ones of a kind", ", ".join(names), "name cuda:0,cuda:1")
-    return [Worker(gpu=number) for number in numbers]
+    return [Worker(gpu=number, threads=threads) for number in numbers]
 
 
 def detect(lanes: Lanes, device: Named) -> Device:

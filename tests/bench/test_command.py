@@ -12,8 +12,10 @@ from sse_tune.bench import plans, plot
 from sse_tune.bench.plans import Bench
 from sse_tune.bench.sides import SideResult
 from sse_tune.cli import app
+from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import Decision
+from sse_tune.space import Config
 from sse_tune.templates import roofline
 from sse_tune.tuning import regret
 from sse_tune.tuning.measure import Timing
@@ -22,6 +24,8 @@ TINY = [
     *("--rule", "gdn", "--heads", "1", "--head-dim", "8", "--partitions", "2", "--top-k", "1"),
     *("--dtype", "fp32", "--device", "cpu", "--time-limit", "0.1s"),
 ]
+
+PLAN = Plan("staged", Config(), {})
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +60,7 @@ def made(problem, sides=("default", "mask, fla-core")):
     floor = roofline.Floor(roofline.Ceilings(1e10, 1e11), stages, 1.0)
     return Bench(
         problem,
-        {way: Decision(None, "default", "a reason") for way in directions},
+        {way: Decision(PLAN, "default", "a reason") for way in directions},
         dict.fromkeys(directions, floor),
         tuple(
             SideResult(name, way, Timing((size * (1 + index),)), 2**20)
@@ -100,9 +104,60 @@ def test_several_partition_counts_are_several_problems(tmp_path):
     assert [bench["problem"]["num_partitions"] for bench in benches] == [1, 3]
 
 
+def test_no_partitions_are_the_always_on_stream_alone(tmp_path):
+    tiny = [word for word in TINY if word not in ("--partitions", "--top-k", "1", "2")]
+    tiny.insert(tiny.index("--heads") + 1, "1")
+    found = run(*tiny, "--partitions", 0, "--seq-len", 16, "--db", tmp_path / "none.db")
+    assert found.exit_code == 0, found.output
+    (bench,) = json.loads(found.stdout.splitlines()[-1])["benches"]
+    assert (bench["problem"]["num_partitions"], bench["problem"]["top_k"], bench["problem"]["shared"]) == (0, 0, True)
+    assert bench["timings"].keys() == {"default"}
+
+
+def test_skewed_routing_stands_beside_the_uniform_one(tmp_path):
+    found = run(*TINY, "--seq-len", 16, "--occupancy", "90, 10", "--db", tmp_path / "none.db")
+    assert found.exit_code == 0, found.output
+    (bench,) = json.loads(found.stdout.splitlines()[-1])["benches"]
+    assert bench["occupancy"] == [0.9, 0.1]
+    assert bench["timings"].keys() == bench["forward"]["timings"].keys() == {"default", "default, skewed"}
+    assert "skewed: first choices at 90/10 %" in " ".join(found.stdout.split())
+
+
+def test_the_plan_that_ran_is_named(tmp_path):
+    found = run(*TINY, "--seq-len", 16, "--db", tmp_path / "none.db")
+    (bench,) = json.loads(found.stdout.splitlines()[-1])["benches"]
+    assert f"plan {bench['plan_key']}" in " ".join(found.stdout.split())
+    assert (bench["source"], bench["forward"]["source"]) == ("default", "default")
+    assert Plan.from_dict(bench["plan"]).key == bench["plan_key"]
+
+
+def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch, tmp_path):
+    workload = plans.workload
+
+    def limited(problem, where):
+        if problem.seq_len > 16:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 4.00 GiB. GPU 0 has a total capacity of 79 GiB")
+        return workload(problem, where)
+
+    limited.cache_clear = workload.cache_clear
+    monkeypatch.setattr(plans, "workload", limited)
+    found = run(*TINY, "--seq-len", 16, "--seq-len", 24, "--stages", "--db", tmp_path / "none.db")
+    assert found.exit_code == 0, found.output
+    fits, large = json.loads(found.stdout.splitlines()[-1])["benches"]
+    assert fits["timings"].keys() == {"default"}
+    assert fits["left_out"] == []
+    assert large["timings"] == large["forward"]["timings"] == {}
+    reason = "RuntimeError: CUDA out of memory. Tried to allocate 4.00 GiB"
+    assert large["left_out"] == [{"name": "inputs", "direction": "fwd+bwd", "reason": reason}]
+    assert reason in " ".join(found.stdout.split("2 x 24 tokens")[-1].split())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--occupancy", "90,x"), "must be numbers"),
+        (("--occupancy", "90,5,5"), "3 numbers, N=2"),
+        (("--occupancy", "0,0"), "not all 0"),
         (("--partition-counts", "2,4"), "exclude each other"),
         (("--partition-counts", "2,x"), "must be numbers"),
         (("--peers",), "--peers needs"),

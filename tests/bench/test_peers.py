@@ -14,6 +14,9 @@ from sse_tune.problem import Problem
 from sse_tune.reference import recurrent
 from sse_tune.templates.roofline import Ceilings
 
+CPU = Device.detect("cpu")
+CEILINGS = Ceilings(1e10, 1e11)
+PLAIN = {"num_partitions": 0, "top_k": 0, "read_k": 0}
 SMALL = Problem(rule="gdn", seq_len=16, num_heads=1, head_dim=8, norm="after", dtype="fp32")
 
 
@@ -45,8 +48,7 @@ def test_a_wrong_or_broken_peer_is_reported_and_not_timed(monkeypatch):
     )
     monkeypatch.setattr(peers, "PEERS", made)
     monkeypatch.setattr(peers, "_CHECKED_TOKENS", 8)
-    ceilings = Ceilings(1e10, 1e11)
-    found = bench(SMALL, Device.detect("cpu"), time_limit_s=0.1, peers=True, ceilings=ceilings)
+    found = bench(SMALL, CPU, time_limit_s=0.1, peers=True, ceilings=CEILINGS)
     for direction in ("fwd", "fwd+bwd"):
         assert list(found.of(direction)) == ["default", "varlen, right", "mask, right"]
     reports = {report.name: report for report in found.peers}
@@ -83,9 +85,71 @@ def test_a_peer_says_what_it_cannot_run():
     ready = peer("ready", exact_op)
     assert peers._cannot(ready, SMALL) is None
     assert "reads the partitions that it writes" in peers._cannot(ready, SMALL.replace(read_k=3))
-    plain = SMALL.replace(num_partitions=0, top_k=0, read_k=0)
-    assert peers._cannot(ready, plain) is None
-    assert "same as the varlen" in peers._cannot(peer("ready", exact_op, "mask"), plain)
+
+
+def test_without_sparse_partitions_the_peers_are_the_chunk_ops_alone():
+    plain = Problem.preset("spikingbrain2-5b", **PLAIN)
+    assert [peer.name for peer in peers.peers_of(plain)] == ["chunk op, fla-core", "chunk op, flash-qla"]
+    assert [peer.name for peer in peers.peers_of(Problem.preset("spikingbrain2-5b"))] == [
+        "varlen, fla-core", "varlen, flash-qla", "mask, fla-core",
+    ]  # fmt: skip
+    qla = peers.peers_of(plain)[1]
+    assert qla.supports(plain) is None
+    assert "128" in qla.supports(Problem.preset("sse-gla-128", **PLAIN))
+
+
+@pytest.mark.parametrize("rule", ["gdn", "gla"])
+@pytest.mark.parametrize("more", [{}, {"num_sequences": 2}, {"batch": 2}], ids=str)
+def test_a_chunk_op_is_called_directly_and_held_against_the_reference(monkeypatch, rule, more):
+    calls = []
+
+    def op(q, k, v, g, beta, scale, normalise, offsets):
+        calls.append((tuple(q.shape), normalise, offsets))
+        return exact_op(q, k, v, g, beta, scale, normalise, offsets)
+
+    wrong = peer("wrong", lambda *arguments: exact_op(*arguments) * 0.9, peers.CHUNK_OP)
+    monkeypatch.setattr(peers, "PEERS", (peer("right", op, peers.CHUNK_OP), wrong, peer("varlen", op)))
+    problem = SMALL.replace(rule=rule, **PLAIN, **more)
+    found = bench(problem, CPU, time_limit_s=0.1, peers=True, ceilings=CEILINGS)
+    for direction in ("fwd", "fwd+bwd"):
+        assert list(found.of(direction)) == ["default", "chunk op, right"]
+    assert [report.name for report in found.peers] == ["chunk op, right", "chunk op, wrong"]
+    assert found.peers[0].error < 1e-5
+    assert found.peers[0].gradient_error < 1e-4
+    assert "differs" in found.peers[1].reason
+    shape, normalise, offsets = calls[-1]
+    assert shape == (problem.batch, 16, 1, 8)
+    assert normalise
+    assert (offsets is None) is (problem.num_sequences is None)
+
+
+def test_peers_run_packed_sequences(monkeypatch):
+    made = tuple(peer("right", exact_op, pipeline) for pipeline in ("varlen", "mask"))
+    monkeypatch.setattr(peers, "PEERS", made)
+    problem = SMALL.replace(seq_len=64, num_sequences=8)
+    found = bench(problem, CPU, time_limit_s=0.1, peers=True, ceilings=CEILINGS)
+    assert list(found.of("fwd+bwd")) == ["default", "varlen, right", "mask, right"]
+    assert all(report.error < 1e-5 for report in found.peers)
+
+
+def test_every_side_runs_with_skewed_routing_too(monkeypatch):
+    seen = []
+    run_pipeline = peers.run_pipeline
+
+    def spied(pipeline, problem, inputs, op, scale):
+        seen.append((len(inputs.v), inputs.router_logits.argmax(-1)))
+        return run_pipeline(pipeline, problem, inputs, op, scale)
+
+    monkeypatch.setattr(peers, "run_pipeline", spied)
+    monkeypatch.setattr(peers, "PEERS", (peer("right", exact_op),))
+    problem = SMALL.replace(seq_len=2000, direction="fwd")
+    shares = (0.9, 0.04, 0.03, 0.03)
+    found = bench(problem, CPU, time_limit_s=0.1, peers=True, ceilings=CEILINGS, stages=True, occupancy=shares)
+    assert list(found.of("fwd")) == ["default", "default, skewed", "varlen, right", "varlen, right, skewed"]
+    assert found.to_dict()["occupancy"] == shares
+    occupancies = [torch.bincount(chosen, minlength=4) / tokens for tokens, chosen in seen if tokens == 2000]
+    assert torch.allclose(occupancies[0], torch.full((4,), 0.25), atol=0.05)
+    assert torch.allclose(occupancies[-1], torch.tensor(shares), atol=0.05)
 
 
 def test_a_peer_is_checked_on_a_smaller_problem_of_the_same_kind():

@@ -56,7 +56,7 @@ def test_our_side_is_the_operation_in_both_directions(rule, more):
     for name, x in expected.items():
         torch.testing.assert_close(found[name].double(), x, rtol=1e-3, atol=1e-4)
     forward = problem.replace(direction="fwd")
-    (side,) = sides.own_sides("default", default_plan(forward, CPU), forward, CPU, case, sides.graph_pool(CPU))
+    (side,) = sides.own_sides("default", default_plan(forward, CPU), forward, CPU, case, sides.graph_pool(CPU), [])
     assert (side.direction, side.peak_bytes) == ("fwd", None)
     torch.testing.assert_close(side.call(), found["o"], rtol=1e-3, atol=1e-4)
 
