@@ -17,6 +17,8 @@ def walk_steps(sizes: Sizes) -> tuple[float, float]:
     return longest, sizes.rows / sizes.chunk_size * sizes.problem.num_heads * tiles
 
 
+STAGE_CHOICES = ("states", "split")  # which stages there are; the other choices are how they work
+
 STAGED_OUTER = Space(
     params=(
         Param("chunk_size", (16, 32, 64, 128), 64, "C, rows of one chunk"),
