@@ -13,7 +13,8 @@ from sse_tune.templates.stages import GRAPHS, stage_contract, stages_of
 OUTERS = {
     rule: tuple(Config(chunk_size=64, state_dtype="io", states=states, split=split) for states, split in choices)
     for rule, choices in {
-        "gdn": (("recompute", 0), ("recompute", 16), ("store", 0), ("store", 16)), "gla": (("store", 0), ("recompute", 0))
+        "gdn": (("recompute", 0), ("recompute", 16), ("store", 0), ("store", 16)),
+        "gla": (("store", 0), ("recompute", 0)),
     }.items()
 }
 PRESETS = ("spikingbrain2-5b", "sse-gla", "sse-gdn", "sse-gla-128")

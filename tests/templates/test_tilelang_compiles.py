@@ -188,3 +188,15 @@ def test_a_scan_keeps_states_of_the_problems_dtype_only():
     space.default(MAIN, ARCHS["sm_90"], fp32)  # it stores none
     with pytest.raises(ConstraintError, match="states that the scan keeps"):
         space.default(MAIN, ARCHS["sm_90"], fp32.replace(states="store"))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_warps_of_score_gradients_have_rows_of_their_own(arch):
+    """Two warps to the same rows do not compile: TileLang finds no layout for sums that are halved in registers."""
+    space = find_template("tilelang", "gdn_score_gradients").space
+    for chunk_size in (64, 128):
+        outer = OUTER.replace(chunk_size=chunk_size)
+        for config in space.configs(MAIN, ARCHS[arch], outer):
+            assert 16 * config["num_warps"] == chunk_size
+            assert space.violations(MAIN, config.replace(num_warps=8), ARCHS[arch], outer)
+    assert next(space.configs(MAIN, ARCHS[arch], OUTER), None) is not None

@@ -111,9 +111,9 @@ def test_answers_are_what_was_recorded():
     assert recorded.answer_us(Candidate("plan", failed)) is None
 
 
-@pytest.mark.parametrize("stages", [("state_gradient", "score_gradients"), ("recompute", "state_gradient")], ids=str)
+@pytest.mark.parametrize("stages", [("state_gradient", "gradients"), ("recompute", "state_gradient")], ids=str)
 def test_points_that_no_recorded_stage_tells_apart_are_one(stages):
-    """GDN's states may be kept or walked again: its later stages are the same, and one of the two has no `recompute`."""
+    """GDN's states may be kept or walked again: later stages are the same, and one has no `recompute`."""
     again = OUTERS[2]
     spaces = tuple(space_of_any(stage, again) for stage in stages)
     recorded = Recorded(dataclasses.replace(sweep(), spaces=spaces))

@@ -196,7 +196,7 @@ def test_whole_plans_withdraw(small, cpu):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_kept_states_are_tried_right_after_the_default(seed):
-    """GDN's default walks twice. That one walk falls away is a choice among many, and four of them are tried at most."""
+    """GDN's default walks twice. That one walk falls away is a choice among many, of which four are tried."""
     landscape = Templates(PROBLEM, DEVICE, ("triton",))
     default = landscape.base(None).outer
     strategy = Decomposed(landscape, Settings(sampler="random", seed=seed))

@@ -7,8 +7,8 @@ With S the state before the chunk, b the in-chunk cumsum of g, and Ag and P of `
 
 A block keeps block_v columns of one head's state in registers and walks its segment. The next chunks' rows are on
 their way to shared memory meanwhile, their slots loaded a chunk earlier still; copies are issued, and the last chunk's
-output is stored, while the tensor cores are at K S and Q S. Plans that keep their states have it store S and W too, from
-their operands of 16 bits: S beside the output, W while the tensor cores are at Ag W.
+output is stored, while the tensor cores are at K S and Q S. Plans that keep their states have it store S and W too,
+from their operands of 16 bits: S beside the output, W while the tensor cores are at Ag W.
 """
 
 from collections.abc import Mapping

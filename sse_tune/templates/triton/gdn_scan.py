@@ -5,8 +5,8 @@ With S the state before the chunk, b the in-chunk cumsum of g, and Ag and P of `
     W = V - diag(e^b a) K S        V' = Ag W
     O = diag(c e^b) Q S + P V'     S <- e^(b_C) S + Kᵀ diag(a e^(b_C - b)) V'
 
-A block keeps block_v columns of one head's state in registers and walks its segment, or a group of its chunks. Plans that
-keep their states have it store S at each boundary and W, as `gdn_recompute` does in all others.
+A block keeps block_v columns of one head's state in registers and walks its segment, or a group of its chunks. Plans
+that keep their states have it store S at each boundary and W, as `gdn_recompute` does in all others.
 """
 
 from __future__ import annotations
