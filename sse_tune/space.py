@@ -63,15 +63,23 @@ class Config(Mapping[str, Value]):
 
 @dataclasses.dataclass(frozen=True)
 class Param:
-    """A parameter: its values in a meaningful order, and the one to start from."""
+    """A parameter: its values in a meaningful order, and the one to start from.
+
+    `rule_defaults`: the pairs (rule, default) of those state rules that start elsewhere.
+    """
 
     name: str
     values: tuple[Value, ...]
     default: Value
     doc: str
+    rule_defaults: tuple[tuple[str, Value], ...] = ()
 
     def __post_init__(self) -> None:
-        assert self.default in self.values, f"{self.name}: default {self.default!r} is not one of {self.values}"
+        for default in (self.default, *(default for _, default in self.rule_defaults)):
+            assert default in self.values, f"{self.name}: default {default!r} is not one of {self.values}"
+
+    def default_for(self, problem: Problem) -> Value:
+        return dict(self.rule_defaults).get(problem.rule, self.default)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +149,7 @@ class Space:
         Raises:
             ConstraintError: no config passes.
         """
-        declared = Config({param.name: param.default for param in self.params})
+        declared = Config({param.name: param.default_for(problem) for param in self.params})
         reasons = self.violations(problem, declared, device, outer)
         if not reasons:
             return declared
@@ -154,7 +162,7 @@ class Space:
 
     def by_nearness(self, problem: Problem, device: Device, outer: Config | None = None) -> tuple[Config, ...]:
         """Every config that passes, the nearest to the declared default first (steps along the value lists)."""
-        start = {param.name: param.values.index(param.default) for param in self.params}
+        start = {param.name: param.values.index(param.default_for(problem)) for param in self.params}
 
         def steps(config: Config) -> int:
             return sum(abs(param.values.index(config[param.name]) - start[param.name]) for param in self.params)

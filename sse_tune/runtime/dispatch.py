@@ -22,6 +22,7 @@ from sse_tune.device import Device, toolchain
 from sse_tune.errors import ConstraintError, DeviceError, PlanError, ProblemError
 from sse_tune.plan import Plan
 from sse_tune.problem import Bucket, Problem
+from sse_tune.templates.outer import forward_part
 from sse_tune.templates.registry import default_plan, validate_plan
 from sse_tune.templates.stages import stage_names
 
@@ -84,9 +85,8 @@ def narrow(plan: Plan, problem: Problem) -> Plan:
     Raises PlanError for a plan whose graph or outer choices are not known here."""
     if problem.trains or plan.graph == "whole":
         return plan
-    kept = {name: plan.stages[name] for name in stage_names(plan.graph, problem, plan.outer) if name in plan.stages}
-    # states are stored for the backward pass only
-    outer = plan.outer.replace(state_dtype="io") if "state_dtype" in plan.outer else plan.outer
+    outer = forward_part(problem.rule, plan.outer)
+    kept = {name: plan.stages[name] for name in stage_names(plan.graph, problem, outer) if name in plan.stages}
     return dataclasses.replace(plan, outer=outer, stages=kept)
 
 

@@ -12,7 +12,7 @@ from sse_tune.errors import PlanError
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Space
 from sse_tune.templates.buffers import BUFFERS, Sizes
-from sse_tune.templates.outer import STAGED_OUTER
+from sse_tune.templates.outer import STAGED_OUTER, scan_keeps_states
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,13 +175,15 @@ def _gla_recomputed(problem: Problem) -> tuple[Stage, ...]:
     )
 
 
-def _gdn_stages(problem: Problem, split: int) -> tuple[Stage, ...]:
+def _gdn_stages(problem: Problem, split: int, scan_keeps: bool) -> tuple[Stage, ...]:
     """With segments split, what each group adds and what it makes of the state before it come first: then all groups
-    are walked side by side. The two more stages walk as well."""
+    are walked side by side. The two more stages walk as well. h and w are those of `scan` if it keeps them, else made
+    again by the first walk of the backward pass."""
     scales = ("k_scale", "q_scale", "g_cumsum")
     inverse = ("A",) if problem.trains else ()
     walk = (*_WALK, "chunk_table") if split else _WALK
     group_h, group_dh = (("group_h",), ("group_dh",)) if split else ((), ())
+    kept = ("h", "w") if scan_keeps else ()
     group_states = Stage(
         "group_states",
         (*walk, "k", "v", "Ag", "k_scale", "g_cumsum", "initial_state"),
@@ -209,7 +211,7 @@ def _gdn_stages(problem: Problem, split: int) -> tuple[Stage, ...]:
         Stage(
             "scan",
             (*walk, *_QKV, "P", "Ag", *scales, "initial_state", *group_h),
-            ("o_rows", "final_state"),
+            ("o_rows", "final_state", *kept),
             lambda p, c: 6 * _key_value(p) + 4 * c * p.value_dim,
             walks=True,
         ),
@@ -217,16 +219,17 @@ def _gdn_stages(problem: Problem, split: int) -> tuple[Stage, ...]:
     )
     if not problem.trains:
         return forward
+    recompute = Stage(
+        "recompute",
+        (*walk, "k", "v", "Ag", "k_scale", "g_cumsum", "initial_state", *group_h),
+        ("h", "w"),
+        lambda p, c: 4 * _key_value(p) + 2 * c * p.value_dim,
+        backward=True,
+        walks=True,
+    )
     return (
         *forward,
-        Stage(
-            "recompute",
-            (*walk, "k", "v", "Ag", "k_scale", "g_cumsum", "initial_state", *group_h),
-            ("h", "w"),
-            lambda p, c: 4 * _key_value(p) + 2 * c * p.value_dim,
-            backward=True,
-            walks=True,
-        ),
+        *(() if scan_keeps else (recompute,)),
         *((group_gradients,) if split else ()),
         Stage(
             "state_gradient",
@@ -264,11 +267,11 @@ def stages_of(problem: Problem, outer: Config) -> tuple[Stage, ...]:
     """The staged graph of a problem under a plan's outer choices, in the order the stages run.
 
     Raises PlanError when a choice that decides is missing: a plan written by another version."""
-    decides = "split" if problem.rule == "gdn" else "states"
-    if decides not in outer:
-        raise PlanError(f"a plan must choose `{decides}`", f"only {sorted(outer)}", "search again for this problem")
+    for decides in ("states", "split") if problem.rule == "gdn" else ("states",):
+        if decides not in outer:
+            raise PlanError(f"a plan must choose `{decides}`", f"only {sorted(outer)}", "search again for this problem")
     if problem.rule == "gdn":
-        return _gdn_stages(problem, int(outer["split"]))
+        return _gdn_stages(problem, int(outer["split"]), scan_keeps_states(problem, outer))
     return _gla_stored(problem) if outer["states"] == "store" else _gla_recomputed(problem)
 
 

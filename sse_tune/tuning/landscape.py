@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Protocol
 
 from sse_tune.device import Device
@@ -16,6 +16,7 @@ from sse_tune.errors import ConstraintError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Space
+from sse_tune.templates.outer import STAGE_CHOICES
 from sse_tune.templates.registry import default_plan, graph_of, templates_for, validate_plan
 from sse_tune.templates.roofline import DATA_CENTRE, floor_of
 from sse_tune.templates.stages import GRAPHS, stage_contract
@@ -53,6 +54,9 @@ class Landscape(Protocol):
     def base(self, outer: Config | None) -> Plan:
         """The default plan at an outer point; None: the default one. Raises ConstraintError when there is none."""
 
+    def promising(self) -> Config | None:
+        """The outer point to try right after the default one: `fastest_predicted`; None: there is none."""
+
     def slots(self, stage: str) -> tuple[Slot, ...]:
         """The templates of a stage."""
 
@@ -84,6 +88,10 @@ class Templates:
 
     def base(self, outer: Config | None) -> Plan:
         return base_plan(self.workload, self.device, self.backends[0], outer)
+
+    def promising(self) -> Config | None:
+        outers = self.outer.configs(self.problem, self.device)
+        return fastest_predicted(self.workload, self.device, self.base(None).outer, outers)
 
     def slots(self, stage: str) -> tuple[Slot, ...]:
         found = templates_for(stage, self.problem, self.backends)
@@ -132,6 +140,17 @@ def predicted_us(workload: Workload, device: Device, outer: Config) -> float:
     entries."""
     times = (floor_of(entry.problem, device, DATA_CENTRE, outer).time_us for entry in workload.entries)
     return math.fsum(entry.weight * time_us for entry, time_us in zip(workload.entries, times))
+
+
+def fastest_predicted(
+    workload: Workload, device: Device, default: Config, outers: Iterable[Config]
+) -> Config | None:
+    """Of outer points with other stages than the default's, all else equal, the one of the least predicted time; None:
+    none is predicted to be faster. What a stage that falls away saves the model knows, and no trial tells before; of
+    chunk sizes it knows bytes and steps, and nothing of what narrow tiles cost."""
+    others = [outer for outer in outers if outer.replace(**{name: default[name] for name in STAGE_CHOICES}) == default]
+    best = min((default, *others), key=lambda outer: predicted_us(workload, device, outer))
+    return None if best == default else best
 
 
 def split_pays(workload: Workload, device: Device) -> Constraint:

@@ -16,10 +16,11 @@ from sse_tune.errors import ConstraintError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
-from sse_tune.templates.stages import GRAPHS, stage_contract
+from sse_tune.templates.stages import GRAPHS, stage_contract, stage_names
 from sse_tune.tuning.candidates import Candidate
-from sse_tune.tuning.landscape import Slot
+from sse_tune.tuning.landscape import Slot, fastest_predicted
 from sse_tune.tuning.sweep_file import RecordedSpace, Row, Sweep
+from sse_tune.tuning.workload import Workload
 
 _Key = tuple[str, str, str, Hashable]
 _RECORDED = "the config must be one that was recorded"
@@ -45,9 +46,7 @@ class Recorded:
         for space in sweep.spaces:
             self._spaces[self._key(space.stage, space.backend, space.template, space.outer)] = space
         self.stages = tuple(dict.fromkeys(space.stage for space in sweep.spaces))
-        # every outer point at which all stages are known, were they recorded there or at one of the same contract
-        declared = list(GRAPHS[self.graph].configs(self.problem, self.device))
-        self.outers = [outer for outer in declared if all(self._at(stage, outer) for stage in self.stages)]
+        self.outers = self._known_outers({space.outer for space in sweep.spaces})
         self._slots = {stage: self._slots_of(stage) for stage in self.stages}
 
     @property
@@ -61,6 +60,9 @@ class Recorded:
         if outer not in self.outers:
             raise ConstraintError(_RECORDED, f"{dict(outer)}", "record it")
         return Plan(self.graph, outer, {stage: self._at(stage, outer)[0].default for stage in self.stages})
+
+    def promising(self) -> Config | None:
+        return fastest_predicted(Workload.of(self.problem), self.device, self.base(None).outer, self.outers)
 
     def slots(self, stage: str) -> tuple[Slot, ...]:
         return self._slots[stage]
@@ -122,6 +124,20 @@ class Recorded:
             math.prod(sum(len(space.rows) for space in self._at(stage, outer)) for stage in self.stages)
             for outer in self.outers
         )
+
+    def _known_outers(self, recorded: set[Config]) -> list[Config]:
+        """Every outer point that has the stages, all of them known: recorded there or at one of the same contract. Of
+        points that no stage tells apart, as stages that were not recorded may, the recorded one stands for all."""
+        declared = [
+            outer
+            for outer in GRAPHS[self.graph].configs(self.problem, self.device)
+            if set(self.stages) <= set(stage_names(self.graph, self.problem, outer))
+            and all(self._at(stage, outer) for stage in self.stages)
+        ]
+        told_apart: dict[tuple[Hashable, ...], Config] = {}
+        for outer in sorted(declared, key=lambda outer: outer not in recorded):
+            told_apart.setdefault(tuple(self.contract(stage, outer) for stage in self.stages), outer)
+        return [outer for outer in declared if outer in told_apart.values()]
 
     def _row(self, stage: str, backend: str, template: str, outer: Config, config: Config) -> Row | None:
         space = self._spaces.get(self._key(stage, backend, template, outer))

@@ -123,7 +123,8 @@ class WholePlans(Strategy):
 
 
 class Decomposed(Strategy):
-    """Outer points proposed by Optuna and pruned by the roofline; in each, stages tuned apart and put together.
+    """Outer points pruned by the roofline, the default and the most promising one before those that Optuna proposes; in
+    each, stages tuned apart and put together.
 
     Args:
         landscape: what can be chosen.
@@ -139,10 +140,10 @@ class Decomposed(Strategy):
         self.stopped = False
         self.best_base_us: float | None = None
         self._to_compare = list(known_plans)
-        default = landscape.base(None).outer
+        default, promising = landscape.base(None).outer, landscape.promising()
         self._outer = SpaceStudy(
             landscape.outer, landscape.problem, landscape.device, seed=settings.seed,
-            first=[default, *(plan.outer for plan in known_plans)],
+            first=[default, *([promising] if promising else []), *(plan.outer for plan in known_plans)],
         )  # fmt: skip
         self._outer.enqueue(default)
         self._count = min(settings.max_points, len(self._outer.configs))

@@ -145,16 +145,17 @@ def test_a_damaged_database_is_an_error(home):
         decide(DEMO, CPU)
 
 
-@pytest.mark.parametrize("rule", ["gdn", "gla"])
-def test_training_plans_narrow_to_inference(rule):
+@pytest.mark.parametrize(("rule", "states"), [("gdn", "recompute"), ("gdn", "store"), ("gla", "store")])
+def test_training_plans_narrow_to_inference(rule, states):
     problem = Problem(rule=rule, seq_len=512, num_heads=2, head_dim=64)
-    plan = default_plan(problem, HOPPER)
+    plan = default_plan(problem, HOPPER, outer=default_plan(problem, HOPPER).outer.replace(states=states))
     plan = dataclasses.replace(plan, outer=plan.outer.replace(state_dtype="fp32"))
     forward = problem.replace(direction="fwd")
     narrowed = narrow(plan, forward)
     validate_plan(narrowed, forward, HOPPER)
     stages = {"gdn": {"prepare", "scan"}, "gla": {"decay_rows", "states", "output"}}
     assert set(narrowed.stages) == {"routing", "combine", *stages[rule]}
+    assert narrowed.outer["states"] == ("store" if rule == "gla" else "recompute")
     assert narrow(plan, problem) is plan
 
 

@@ -3,15 +3,18 @@
 import pytest
 import torch
 
+from sse_tune.device import ARCHS
 from sse_tune.problem import Problem
 from sse_tune.space import Config
 from sse_tune.templates.buffers import BUFFERS, Sizes
-from sse_tune.templates.stages import stage_contract, stages_of
+from sse_tune.templates.roofline import stage_bytes
+from sse_tune.templates.stages import GRAPHS, stage_contract, stages_of
 
 OUTERS = {
     rule: tuple(Config(chunk_size=64, state_dtype="io", states=states, split=split) for states, split in choices)
     for rule, choices in {
-        "gdn": (("recompute", 0), ("recompute", 16)), "gla": (("store", 0), ("recompute", 0))
+        "gdn": (("recompute", 0), ("recompute", 16), ("store", 0), ("store", 16)),
+        "gla": (("store", 0), ("recompute", 0)),
     }.items()
 }
 PRESETS = ("spikingbrain2-5b", "sse-gla", "sse-gdn", "sse-gla-128")
@@ -101,3 +104,43 @@ def test_only_stages_that_walk_see_how_segments_are_split():
         }
         walks = {"group_states": 2, "group_gradients": 2, "scan": 3, "recompute": 3, "state_gradient": 3}
         assert len(seen) == walks.get(name, 1), name
+
+
+@pytest.mark.parametrize("split", [0, 16])
+def test_keeping_states_changes_the_scan_alone(split):
+    """What was measured of all other stages holds at both outer points."""
+    problem = Problem.preset("spikingbrain2-5b")
+    again, kept = (OUTERS["gdn"][0].replace(states=states, split=split) for states in ("recompute", "store"))
+    names, fewer = ([stage.name for stage in stages_of(problem, outer)] for outer in (again, kept))
+    assert fewer == [name for name in names if name != "recompute"]
+    differ = {name for name in fewer if stage_contract(name, problem, again) != stage_contract(name, problem, kept)}
+    assert differ == {"scan"}
+
+
+@pytest.mark.parametrize(
+    ("rule", "direction", "default", "choices"),
+    [
+        ("gdn", "fwd+bwd", "recompute", {"recompute", "store"}),
+        ("gdn", "fwd", "recompute", {"recompute"}),  # there is no backward pass to keep them for
+        ("gla", "fwd+bwd", "store", {"recompute", "store"}),
+        ("gla", "fwd", "store", {"recompute", "store"}),
+    ],
+)
+def test_states_are_a_choice_with_a_default_for_each_rule(rule, direction, default, choices):
+    problem, space = Problem.preset("sse-gla-128", rule=rule, direction=direction), GRAPHS["staged"]
+    assert {outer["states"] for outer in space.configs(problem, ARCHS["sm_90"])} == choices
+    assert space.default(problem, ARCHS["sm_90"])["states"] == default
+    assert space.by_nearness(problem, ARCHS["sm_90"])[0]["states"] == default
+
+
+def test_the_roofline_counts_what_is_kept():
+    """At 8192 tokens 603 MB are written by the scan instead of by a walk of their own, and read as before."""
+    problem = Problem.preset("spikingbrain2-5b", seq_len=8192)
+    again, kept = OUTERS["gdn"][0], OUTERS["gdn"][2]
+    sizes = Sizes.of(problem, kept)
+    both = BUFFERS["h"].bytes(sizes, kept) + BUFFERS["w"].bytes(sizes, kept)
+    assert 600e6 < both < 606e6
+    by_name = [{stage.name: stage_bytes(stage, problem, o) for stage in stages_of(problem, o)} for o in (again, kept)]
+    assert by_name[1]["scan"] - by_name[0]["scan"] == both
+    assert by_name[0]["recompute"] > both
+    assert all(by_name[1][name] == by_name[0][name] for name in by_name[1] if name != "scan")

@@ -41,16 +41,24 @@ class Case:
     arch: str
     problem: Problem = MAIN
     config: tuple[tuple[str, object], ...] = ()
+    states: str = "recompute"
 
     def __str__(self):
         changes = "-".join(f"{name}{value}" for name, value in self.config)
         sizes = f"K{self.problem.key_dim}V{self.problem.value_dim}"
-        return "-".join(part for part in (self.template, self.arch, sizes, changes) if part)
+        return "-".join(part for part in (self.template, self.arch, sizes, self.states, changes) if part)
+
+    @property
+    def outer(self):
+        return OUTER.replace(states=self.states)
 
 
-DEFAULTS = [Case(name, arch) for name in NAMES for arch in ARCHS]
+KEEPING = [Case("gdn_scan", arch, states="store") for arch in ARCHS]
+DEFAULTS = [Case(name, arch) for name in NAMES for arch in ARCHS] + KEEPING
 OTHERS = [
     Case("gdn_scan", "sm_90", WIDE),
+    Case("gdn_scan", "sm_90", RAGGED, states="store"),
+    Case("gdn_scan", "sm_90", config=(("num_stages", 1),), states="store"),
     Case("gdn_gradients", "sm_90", RAGGED),
     Case("gdn_score_gradients", "sm_90", RAGGED),
     Case("gdn_prepare", "sm_90", RAGGED, config=(("solve_block", 16),)),
@@ -60,12 +68,12 @@ OTHERS = [
 
 def config_of(case):
     template = find_template("tilelang", case.template)
-    return template.space.default(case.problem, ARCHS[case.arch], OUTER).replace(**dict(case.config))
+    return template.space.default(case.problem, ARCHS[case.arch], case.outer).replace(**dict(case.config))
 
 
 def compiled(case):
     template = find_template("tilelang", case.template)
-    return compile_stage(template, case.problem, OUTER, config_of(case), case.arch)
+    return compile_stage(template, case.problem, case.outer, config_of(case), case.arch)
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +112,12 @@ def test_compiles_within_its_limits(case, artifacts):
     if case in DEFAULTS:
         assert artifact.spill_bytes <= MAX_SPILL_BYTES.get((case.template, case.arch), 0), artifact
     smem_bytes = importlib.import_module(template.run.__module__).smem_bytes
-    assert artifact.smem_bytes <= smem_bytes(case.problem, Config({**OUTER, **config}))
+    assert artifact.smem_bytes <= smem_bytes(case.problem, Config({**case.outer, **config}))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_what_was_compiled_is_found_again(name, compiled_before):
-    case = Case(name, "sm_90")
-    (launch,) = record_launches(find_template("tilelang", name), MAIN, OUTER, config_of(case))
+@pytest.mark.parametrize("case", [case for case in DEFAULTS if case.arch == "sm_90"], ids=str)
+def test_what_was_compiled_is_found_again(case, compiled_before):
+    (launch,) = record_launches(find_template("tilelang", case.template), MAIN, case.outer, config_of(case))
     built = tilelang.build(launch.kernel, "sm_90")
     assert built.cubin == compiled_before[case].kernels[0].cubin
     assert {parameter.name for parameter in built.parameters} <= set(launch.args)  # each parameter has an argument
@@ -174,3 +181,22 @@ def test_what_does_not_fit_is_refused_with_its_reason(changes, rule):
             continue  # has nothing to do with V
         with pytest.raises(ConstraintError, match=rule):
             template.space.default(MAIN.replace(**changes), ARCHS["sm_90"], OUTER)
+
+
+def test_a_scan_keeps_states_of_the_problems_dtype_only():
+    space, fp32 = find_template("tilelang", "gdn_scan").space, OUTER.replace(state_dtype="fp32")
+    space.default(MAIN, ARCHS["sm_90"], fp32)  # it stores none
+    with pytest.raises(ConstraintError, match="states that the scan keeps"):
+        space.default(MAIN, ARCHS["sm_90"], fp32.replace(states="store"))
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_warps_of_score_gradients_have_rows_of_their_own(arch):
+    """Two warps to the same rows do not compile: TileLang finds no layout for sums that are halved in registers."""
+    space = find_template("tilelang", "gdn_score_gradients").space
+    for chunk_size in (64, 128):
+        outer = OUTER.replace(chunk_size=chunk_size)
+        for config in space.configs(MAIN, ARCHS[arch], outer):
+            assert 16 * config["num_warps"] == chunk_size
+            assert space.violations(MAIN, config.replace(num_warps=8), ARCHS[arch], outer)
+    assert next(space.configs(MAIN, ARCHS[arch], OUTER), None) is not None

@@ -50,7 +50,8 @@ def guarded(monkeypatch):
 
 
 @pytest.mark.parametrize("choices", [
-    ("gdn", {"split": 0}), ("gdn", {"split": 2}), ("gla", {"states": "store"}), ("gla", {"states": "recompute"}),
+    ("gdn", {"split": 0}), ("gdn", {"split": 2}), ("gdn", {"split": 2, "states": "store"}),
+    ("gla", {"states": "store"}), ("gla", {"states": "recompute"}),
 ], ids=str)  # fmt: skip
 def test_no_address_lies_outside_the_tensors(choices, guarded, poisoned_empty):
     rule, outer = choices

@@ -451,6 +451,7 @@ SPOILED_OF_STORED_GLA = {
     ("rule", "states", "buffer", "stage"),
     [(rule, "recompute", *spoiled) for rule in ("gla", "gdn") for spoiled in SPOILED.items()]
     + [("gdn", "recompute", *spoiled) for spoiled in SPOILED_OF_GDN.items()]
+    + [("gdn", "store", buffer, "scan") for buffer in ("h", "w")]
     + [("gla", "store", *spoiled) for spoiled in SPOILED_OF_STORED_GLA.items()],
 )
 def test_a_broken_kernel_turns_the_check_red(rule, states, buffer, stage, poisoned_empty, monkeypatch):

@@ -17,17 +17,18 @@ GDN, GLA = "spikingbrain2-5b", "sse-gla-128"
 
 
 @pytest.mark.parametrize(
-    ("name", "preset"),
-    [("gdn_scan", GDN), ("gdn_recompute", GDN), ("gdn_state_gradient", GDN), ("gla_states", GLA),
-     ("gla_states_backward", GLA)],
+    ("name", "preset", "states"),
+    [("gdn_scan", GDN, "recompute"), ("gdn_scan", GDN, "store"), ("gdn_recompute", GDN, "recompute"),
+     ("gdn_state_gradient", GDN, "recompute"), ("gla_states", GLA, "store"), ("gla_states_backward", GLA, "store")],
 )  # fmt: skip
-def test_copies_stay_in_flight(name, preset):
+def test_copies_stay_in_flight(name, preset, states):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     problem, device = Problem.preset(preset), ARCHS["sm_90"]
     outer, template = default_plan(problem, device, "triton").outer, find_template("triton", name)
+    outer = outer.replace(states=states)
     config = template.space.default(problem, device, outer)
     assert config["num_stages"] == 3, "two overlap nothing"
     (launch,) = record_launches(template, problem, outer, config, with_states=False)

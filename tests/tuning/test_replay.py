@@ -1,5 +1,6 @@
 """Recorded sweeps: the file, the answers made of it, and strategies compared on them."""
 
+import dataclasses
 import gzip
 import json
 import math
@@ -108,6 +109,21 @@ def test_answers_are_what_was_recorded():
     slot = recorded.slots("scan")[0]
     failed = base.replace_stage("scan", slot.choice(base.stages["scan"].config.replace(block=256, warps=8)))
     assert recorded.answer_us(Candidate("plan", failed)) is None
+
+
+@pytest.mark.parametrize("stages", [("state_gradient", "gradients"), ("recompute", "state_gradient")], ids=str)
+def test_points_that_no_recorded_stage_tells_apart_are_one(stages):
+    """GDN's states may be kept or walked again: later stages are the same, and one has no `recompute`."""
+    again = OUTERS[2]
+    spaces = tuple(space_of_any(stage, again) for stage in stages)
+    recorded = Recorded(dataclasses.replace(sweep(), spaces=spaces))
+    assert recorded.outers == [again]
+    assert recorded.promising() is None
+
+
+def space_of_any(stage, outer):
+    """The times of `scan` in the name of another stage."""
+    return dataclasses.replace(space_of("scan", outer), stage=stage, template=f"gdn_{stage}")
 
 
 def test_noise_is_seeded():

@@ -12,7 +12,7 @@ from sse_tune.tuning.landscape import Templates, other_defaults
 from sse_tune.tuning.recorded import Recorded
 from sse_tune.tuning.strategy import Decomposed, WholePlans
 from sse_tune.tuning.study import SpaceStudy
-from tests.tuning.synthetic import OUTERS, sweep, time_us
+from tests.tuning.synthetic import DEVICE, OUTERS, PROBLEM, sweep, time_us
 
 
 @pytest.fixture
@@ -227,3 +227,45 @@ def test_what_the_tuning_of_stages_begins_with_is_known_beforehand():
     asked = [strategy.ask() for _ in range(sum(len(landscape.slots(stage)) for stage in base.stages))]
     begins = {(candidate.stage, candidate.plan.stages[candidate.stage]) for candidate in asked}
     assert begins == {*found, *base.stages.items()}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kept_states_are_tried_right_after_the_default(seed):
+    """GDN's default walks twice. That one walk falls away is a choice among many, of which four are tried."""
+    landscape = Templates(PROBLEM, DEVICE, ("triton",))
+    default = landscape.base(None).outer
+    strategy = Decomposed(landscape, Settings(sampler="random", seed=seed))
+    asked = drive(strategy, lambda candidate: None)  # nothing is admitted, so that every point ends with its base
+    assert [candidate.plan.outer for candidate in asked[:2]] == [default, default.replace(states="store")]
+    assert "recompute" in asked[0].plan.stages and "recompute" not in asked[1].plan.stages
+    assert len({candidate.plan.outer for candidate in asked}) == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "promising"),
+    [
+        (dict(), dict(states="store")),
+        (dict(direction="fwd"), None),  # C = 16 is predicted to be faster, by a model that knows no tensor cores
+        (dict(seq_len=131072, num_heads=4), dict(states="store", split=128)),
+        (dict(rule="gla", norm="none"), None),
+    ],
+    ids=str,
+)
+def test_what_the_roofline_puts_first_has_other_stages(changes, promising):
+    landscape = Templates(PROBLEM.replace(**changes), DEVICE, ("triton",))
+    default = landscape.base(None).outer
+    assert landscape.promising() == (default.replace(**promising) if promising else None)
+
+
+def test_stages_tuned_at_the_default_are_not_tuned_again_where_states_are_kept():
+    landscape = Templates(PROBLEM, DEVICE, ("triton",))
+    times = {}
+
+    def answer(candidate):
+        return times.setdefault((candidate.stage, candidate.plan), 1000.0 - len(times) / 1e3)
+
+    settings = Settings(sampler="random", max_points=2, max_stage_trials=2)
+    asked = drive(Decomposed(landscape, settings), answer)
+    tuned = collections.Counter((c.stage, c.plan.outer["states"]) for c in asked if c.stage is not None)
+    assert tuned["scan", "recompute"] == tuned["scan", "store"] == tuned["recompute", "recompute"] == 2
+    assert {stage for stage, states in tuned if states == "store"} == {"scan"}

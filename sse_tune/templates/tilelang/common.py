@@ -33,7 +33,7 @@ OPERANDS = (
 )
 
 
-# copies do not convert
+# copies do not convert, nor does what is stored from a tile
 IO_STATES = Constraint("stored states must be of the problem's dtype", lambda p, c, d: c["state_dtype"] == "io")
 WHOLE_SEGMENTS = Constraint("TileLang's walks go along whole segments, not groups", lambda p, c, d: c["split"] == 0)
 
@@ -116,9 +116,9 @@ def copies(T: Any, threads: int, lanes: int, capability: int) -> SimpleNamespace
         assert rows * width % (threads * VECTOR) == 0, (rows, width, threads)
         return rows * width // (threads * VECTOR)
 
-    def element(tile: Any, row: Any, column: Any) -> Any:
-        """Of a tile without slots, or of the one slot it has."""
-        return tile[row, column] if len(tile.shape) == 2 else tile[0, row, column]
+    def element(tile: Any, row: Any, column: Any, at: Any = 0) -> Any:
+        """Of a tile without slots, or of a slot it has."""
+        return tile[row, column] if len(tile.shape) == 2 else tile[at, row, column]
 
     @T.macro
     def fence():
@@ -217,15 +217,15 @@ def copies(T: Any, threads: int, lanes: int, capability: int) -> SimpleNamespace
             )
 
     @T.macro
-    def store_by_head(tile, target, first, n_left, i_h, column, tx, rows, width):
-        """A tile of shared memory to rows of a [H, M, *] tensor."""
+    def store_by_head(tile, target, first, n_left, i_h, column, tx, rows, width, at=0):
+        """A tile of shared memory, or a slot of it, to rows of a [H, M, *] tensor."""
         for p in T.unroll(passes(rows, width)):
             i = p * threads + tx
             row = i // (width // VECTOR)
             o_d = i % (width // VECTOR) * VECTOR
             if row < n_left:
                 for e in T.vectorized(VECTOR):
-                    target[i_h, T.Cast("int64", first + row), column + o_d + e] = element(tile, row, o_d + e)
+                    target[i_h, T.Cast("int64", first + row), column + o_d + e] = element(tile, row, o_d + e, at)
 
     @T.macro
     def store_state(tile, target, i_boundary, i_h, column, tx, rows, width):

@@ -7,13 +7,15 @@ With S the state before the chunk, b the in-chunk cumsum of g, and Ag and P of `
 
 A block keeps block_v columns of one head's state in registers and walks its segment. The next chunks' rows are on
 their way to shared memory meanwhile, their slots loaded a chunk earlier still; copies are issued, and the last chunk's
-output is stored, while the tensor cores are at K S and Q S.
+output is stored, while the tensor cores are at K S and Q S. Plans that keep their states have it store S and W too,
+from their operands of 16 bits: S beside the output, W while the tensor cores are at Ag W.
 """
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sse_tune.space import Constraint, Param, Space
+from sse_tune.templates.outer import scan_keeps_states
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.tilelang import common
 
@@ -34,6 +36,9 @@ SPACE = Space(
     constraints=(
         *common.OPERANDS,
         common.WHOLE_SEGMENTS,
+        # what is stored from a tile is not converted
+        Constraint("states that the scan keeps must be of the problem's dtype",
+                   lambda p, c, d: c["state_dtype"] == "io" or not scan_keeps_states(p, c)),
         *common.block_v_constraints(),
         # beyond that the state and the products beside it spill
         Constraint("(K + 2 * chunk_size) * block_v / (32 * num_warps) <= 192",
@@ -46,7 +51,7 @@ SPACE = Space(
 
 def factory(
     H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BV: int, STAGES: int, PARTITIONS: int,
-    HAS_SHARED: bool, HAS_INITIAL: bool, HAS_FINAL: bool, CAPABILITY: int,
+    HAS_SHARED: bool, HAS_INITIAL: bool, HAS_FINAL: bool, KEEPS: bool, CAPABILITY: int,
 ) -> Any:  # fmt: skip
     import tilelang.language as T
 
@@ -54,7 +59,7 @@ def factory(
     mma = common.products(T, THREADS, CAPABILITY)
     NV = V // BV
     by_columns, by_rows = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
-    R, S, M = T.dynamic("R", "int64"), T.dynamic("S", "int64"), T.dynamic("M", "int64")
+    R, S, M, B = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B"))
 
     @T.macro
     def fetch(
@@ -94,9 +99,12 @@ def factory(
         g_cumsum: T.Tensor((H, M), "float32"),
         perm: T.Tensor((M,), "int32"),
         segment_rows: T.Tensor((S,), "int32"),
+        segment_boundaries: T.Tensor((S,), "int32"),
         initial_state: T.Tensor((S, H, K, V), "float32"),
         final_state: T.Tensor((S, H, K, V), "float32"),
         o_rows: T.Tensor((M, H, V), DTYPE),
+        h: T.Tensor((B, H, K, V), DTYPE),
+        w: T.Tensor((H, M, V), DTYPE),
         n_shared: T.int32,
         n_sequences: T.int32,
         n_blocks: T.int32,
@@ -180,6 +188,8 @@ def factory(
                     T.ptx_commit_group()
                 if i > 0:
                     io.store_rows(b_new, o_rows, first_row + (i - 1) * C, C, i_h, i_v * BV, tx, C, BV)
+                    if KEEPS:
+                        io.store_state(b_low, h, segment_boundaries[i_seg] + i - 1, i_h, i_v * BV, tx, K, BV)
                 mma.finish(1)
                 mma.settle(b_x, C, BV)
                 for i_c, j in T.Parallel(C, BV):
@@ -188,6 +198,8 @@ def factory(
                 io.fence()
                 T.sync_threads()
                 mma.start(b_Ag[at, :, :], b_v[at, :, :], b_x, clear_accum=True, policy=by_columns)
+                if KEEPS:
+                    io.store_by_head(b_v, w, first_row + i * C, n_left, i_h, i_v * BV, tx, C, BV, at)
                 mma.finish(0)
                 mma.settle(b_x, C, BV)
                 mma.settle(b_o, C, BV)
@@ -220,9 +232,13 @@ def factory(
 
 
 def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
-    values = common.walk_constants(call, HAS_INITIAL="initial_state" in tensors, HAS_FINAL="final_state" in tensors)
+    keeps = scan_keeps_states(call.sizes.problem, call.config)
+    values = common.walk_constants(
+        call, HAS_INITIAL="initial_state" in tensors, HAS_FINAL="final_state" in tensors, KEEPS=keeps
+    )
     names = (
         "v", "P", "Ag", "k_scale", "q_scale", "g_cumsum", "perm", "segment_rows", "o_rows",
+        *(("segment_boundaries", "h", "w") if keeps else ()),
         *(name for name in ("initial_state", "final_state") if name in tensors),
     )  # fmt: skip
     arguments = {**common.streams(tensors, "q", "k"), **common.row_arguments(call, tensors, *names)}

@@ -137,6 +137,17 @@ def gdn_carry_kernel(
         store_state(states, b_state, i_slot, o_k, o_v, True, K, V)
 
 
+@triton.jit
+def store_boundary(
+    h, b_state, first_boundary, i, n_left, i_after, i_h, o_k, o_v,
+    H: tl.constexpr, C: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+):  # fmt: skip
+    """The state after chunk i of a walk over n_left rows, unless the segment ends there: it has no boundary then."""
+    i_boundary = tl.cast(first_boundary + i, tl.int64) * H + i_h
+    is_inner = (n_left > (i + 1) * C) | (i_after >= 0)
+    store_state(h, b_state, i_boundary, o_k, o_v, is_inner, K, V)
+
+
 def arguments(call: Call, tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """What `walk_part` takes beside the table of segments; the chunk table is read by plans that split alone."""
     return dict(

@@ -24,9 +24,8 @@ from sse_tune.templates.triton.common import (
     rows_of,
     state_beside,
     store_rows,
-    store_state,
 )
-from sse_tune.templates.triton.gdn_groups import walk_part
+from sse_tune.templates.triton.gdn_groups import store_boundary, walk_part
 
 if TYPE_CHECKING:
     import torch
@@ -85,9 +84,7 @@ def gdn_recompute_kernel(
         b_new = tl.dot(b_Ag, b_W, input_precision=PRECISION)
         b_in = (b_new * (b_a * tl.exp((b_last - b_b).to(tl.float32)))[:, None]).to(b_k.dtype)
         b_state = tl.exp(b_last.to(tl.float32)) * b_state + tl.dot(tl.trans(b_k), b_in, input_precision=PRECISION)
-        i_boundary = tl.cast(first_boundary + i, tl.int64) * H + i_h
-        is_inner = (n_left > (i + 1) * C) | (i_after >= 0)
-        store_state(h, b_state, i_boundary, o_k, o_v, is_inner, K, V)
+        store_boundary(h, b_state, first_boundary, i, n_left, i_after, i_h, o_k, o_v, H, C, K, V)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:

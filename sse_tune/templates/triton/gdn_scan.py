@@ -5,7 +5,8 @@ With S the state before the chunk, b the in-chunk cumsum of g, and Ag and P of `
     W = V - diag(e^b a) K S        V' = Ag W
     O = diag(c e^b) Q S + P V'     S <- e^(b_C) S + Kᵀ diag(a e^(b_C - b)) V'
 
-A block keeps block_v columns of one head's state in registers and walks its segment, or a group of its chunks.
+A block keeps block_v columns of one head's state in registers and walks its segment, or a group of its chunks. Plans
+that keep their states have it store S at each boundary and W, as `gdn_recompute` does in all others.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import triton
 import triton.language as tl
 
 from sse_tune.space import Param, Space
+from sse_tune.templates.outer import scan_keeps_states
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gdn_groups
 from sse_tune.templates.triton.common import (
@@ -30,7 +32,7 @@ from sse_tune.templates.triton.common import (
     store_rows,
     store_state,
 )
-from sse_tune.templates.triton.gdn_groups import walk_part
+from sse_tune.templates.triton.gdn_groups import store_boundary, walk_part
 
 if TYPE_CHECKING:
     import torch
@@ -48,14 +50,14 @@ SPACE = Space(
 @triton.jit
 def gdn_scan_kernel(
     q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, weights, segment_rows, segment_boundaries,
-    chunk_table, initial_state, group_h, o_rows, final_state, M, n_shared, n_segments, n_sequences, n_all_chunks,
+    chunk_table, initial_state, group_h, o_rows, final_state, h, w, M, n_shared, n_segments, n_sequences, n_all_chunks,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SPLIT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    KEEPS: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_v, i_h, i_seg, _, first_row, n_left, _, i_state, i_before, i_after = walk_part(
+    i_v, i_h, i_seg, _, first_row, n_left, first_boundary, i_state, i_before, i_after = walk_part(
         segment_rows, segment_boundaries, chunk_table, n_segments, n_sequences, n_all_chunks, H, C, PARTITIONS,
         HAS_SHARED, NV, SPLIT,
     )  # fmt: skip
@@ -88,18 +90,24 @@ def gdn_scan_kernel(
 
         b_up = tl.exp(b_b.to(tl.float32))
         b_low = b_state.to(b_k.dtype)
-        b_W = b_v.to(tl.float32) - (b_up * b_a)[:, None] * tl.dot(b_k, b_low, input_precision=PRECISION)
-        b_new = tl.dot(b_Ag, b_W.to(b_k.dtype), input_precision=PRECISION)  # [C, BV]
+        b_kept = (b_up * b_a)[:, None] * tl.dot(b_k, b_low, input_precision=PRECISION)
+        b_W = (b_v.to(tl.float32) - b_kept).to(b_k.dtype)
+        if KEEPS:
+            store_rows(w, b_W, b_at, m_row, o_v, V, BV)
+        b_new = tl.dot(b_Ag, b_W, input_precision=PRECISION)  # [C, BV]
         b_o = (b_c * b_up)[:, None] * tl.dot(b_q, b_low, input_precision=PRECISION)
         b_o += tl.dot(b_P, b_new.to(b_k.dtype), input_precision=PRECISION)
         store_rows(o_rows, b_o, b_row * H + i_h, m_row, o_v, V, BV)
         b_in = (b_new * (b_a * tl.exp((b_last - b_b).to(tl.float32)))[:, None]).to(b_k.dtype)
         b_state = tl.exp(b_last.to(tl.float32)) * b_state + tl.dot(tl.trans(b_k), b_in, input_precision=PRECISION)
+        if KEEPS:
+            store_boundary(h, b_state, first_boundary, i, n_left, i_after, i_h, o_k, o_v, H, C, K, V)
     if HAS_FINAL:
         store_state(final_state, b_state, i_state, o_k, o_v, i_after < 0, K, V)
 
 
 def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
+    keeps = scan_keeps_states(call.sizes.problem, call.config)
     arguments = dict(
         **common.streams(tensors, "q", "k"),
         **common.row_arguments(call, tensors),
@@ -107,6 +115,8 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
         **gdn_groups.arguments(call, tensors),
         **common.end_states(tensors, "initial_state", "final_state", "group_h"),
         **{name: tensors[name] for name in ("v", "P", "Ag", "k_scale", "q_scale", "g_cumsum", "o_rows")},
+        **{name: tensors[name if keeps else "weights"] for name in ("h", "w")},  # a stand-in is never written
+        KEEPS=keeps,
     )
     common.launch_walk(call, gdn_scan_kernel, arguments)
 
