@@ -101,9 +101,10 @@ class Engine:
         """Hands a candidate to the compilers."""
         if self.ahead is None or candidate.plan.graph == "whole":
             return []
-        plan, chunk_size, names = candidate.plan, chunk_size_of(candidate.plan), tuple(QUICK)
+        plan, chunk_size = candidate.plan, chunk_size_of(candidate.plan)
+        names = QUICK if candidate.kind == "plan" else QUICK[:1]
         if candidate.stage is not None:
-            plan, names = dataclasses.replace(plan, stages={candidate.stage: plan.stages[candidate.stage]}), QUICK[:1]
+            plan = dataclasses.replace(plan, stages={candidate.stage: plan.stages[candidate.stage]})
         pending: dict[concurrent.futures.Future[Compiled], None] = {}  # in order, each once
         for problem in self.workload.problems:
             posed = names if problem == self.problem else QUICK[:1] if problem in self.workload.layouts else ()

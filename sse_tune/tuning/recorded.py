@@ -1,7 +1,7 @@
 """A recorded sweep in the place of a machine: what can be chosen, and what it took.
 
-A plan of several stages takes the sum of its stages, as far as they are recorded; a plan of one stage takes what was
-measured. Answers may be blurred by noise, seeded.
+A plan takes what was measured end to end, where the sweep has whole plans; else, of several stages, their sum, as far
+as they are recorded. Answers may be blurred by noise, seeded.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from sse_tune.errors import ConstraintError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
-from sse_tune.templates.stages import GRAPHS, stage_contract
+from sse_tune.templates.stages import GRAPHS, stage_contract, stage_names
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.landscape import Slot
-from sse_tune.tuning.sweep_file import RecordedSpace, Row, Sweep
+from sse_tune.tuning.sweep_file import Sweep
+from sse_tune.tuning.sweep_spaces import RecordedSpace, Row
 
 _Key = tuple[str, str, str, Hashable]
 _RECORDED = "the config must be one that was recorded"
@@ -47,7 +48,10 @@ class Recorded:
         self.stages = tuple(dict.fromkeys(space.stage for space in sweep.spaces))
         # every outer point at which all stages are known, were they recorded there or at one of the same contract
         declared = list(GRAPHS[self.graph].configs(self.problem, self.device))
-        self.outers = [outer for outer in declared if all(self._at(stage, outer) for stage in self.stages)]
+        known = [outer for outer in declared if all(self._at(stage, outer) for stage in self.stages)]
+        with_plans = {plan.outer for plan in sweep.plans}
+        self.outers = [outer for outer in known if outer in with_plans] if sweep.plans else known
+        self._plan_rows = sweep.plans
         self._slots = {stage: self._slots_of(stage) for stage in self.stages}
 
     @property
@@ -77,6 +81,9 @@ class Recorded:
 
     def exact_us(self, plan: Plan, stage: str | None = None) -> float | None:
         """The recorded time of a plan, or of one of its stages; None: it failed, or a part of it did."""
+        if stage is None and self._plan_rows:
+            whole = self._plan_rows.get(plan)
+            return None if whole is None else whole.time_us
         total = 0.0
         for name in self.stages if stage is None else (stage,):
             choice = plan.stages[name]
@@ -88,6 +95,9 @@ class Recorded:
 
     def best_us(self) -> float:
         """Of the fastest plan there is."""
+        if self._plan_rows:
+            at = [row.time_us for plan, row in self._plan_rows.items() if plan.outer in self.outers]
+            return min((time_us for time_us in at if time_us is not None), default=math.inf)
         return min(
             sum(
                 min(
@@ -111,6 +121,11 @@ class Recorded:
         return self._choices[key]
 
     @property
+    def has_whole_plans(self) -> bool:
+        """Whether plans have times of their own, which their stages' need not add up to."""
+        return bool(self._plan_rows)
+
+    @property
     def configs(self) -> int:
         """How many configs there are, each stage by itself and once for each contract."""
         return sum(len(space.rows) for space in self._spaces.values())
@@ -128,6 +143,8 @@ class Recorded:
         return None if space is None else space.rows.get(config)
 
     def _at(self, stage: str, outer: Config) -> list[RecordedSpace]:
+        if stage not in stage_names(self.graph, self.problem, outer):
+            return []
         wanted = (stage, self.contract(stage, outer))
         return [space for (name, _, _, contract), space in self._spaces.items() if (name, contract) == wanted]
 
