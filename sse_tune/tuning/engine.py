@@ -154,7 +154,7 @@ class Engine:
             return
         best = self._best.get(self._rivals(candidate))
         # a base is slow for stages that are still to be tuned: only what is the end of its search is given up
-        ends = candidate.stage is not None or candidate.plan.graph == "whole"
+        ends = strategy.gives_up and (candidate.stage is not None or candidate.plan.graph == "whole")
         job = self.evaluator.job(candidate, _HOPELESS * best if ends and best is not None else None, best)
         self.lanes.submit(job, (candidate, resources, told))
 

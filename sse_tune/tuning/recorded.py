@@ -120,6 +120,11 @@ class Recorded:
             self._choices[key] = tuple(space.choice(c) for space in self._at(stage, outer) for c in space.rows)
         return self._choices[key]
 
+    def configs_of(self, stage: str, slot: Slot) -> tuple[Config, ...]:
+        """What was recorded of a template, at any outer point."""
+        wanted = (stage, slot.backend, slot.template)
+        return tuple(config for key, space in self._spaces.items() if key[:3] == wanted for config in space.rows)
+
     @property
     def has_whole_plans(self) -> bool:
         """Whether plans have times of their own, which their stages' need not add up to."""

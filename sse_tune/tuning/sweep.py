@@ -144,6 +144,8 @@ class Everything(Strategy):
         if nearest is not None and nearest < 1:
             raise SearchError("a config of each template must be left", f"nearest={nearest}", "ask for 1 or more")
         outers = landscape.outer.configs(landscape.problem, landscape.device) if every_outer else ()
+        # how far stages add up to plans can be said only where the slow ones were measured as well as the others
+        self.gives_up = not whole_plans
         self._bases: list[Plan] = []
         for outer in dict.fromkeys((default.outer, *outers)):
             with contextlib.suppress(ConstraintError):

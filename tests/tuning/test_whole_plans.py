@@ -19,6 +19,7 @@ from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.cases import QUICK
 from sse_tune.tuning.evaluate import COMBINATION_TIME_LIMIT_S
 from sse_tune.tuning.jobs import Attempt
+from sse_tune.tuning.joint import Joint
 from sse_tune.tuning.recorded import Recorded
 from sse_tune.tuning.recorder import Recorder
 from sse_tune.tuning.replay import compare, main
@@ -110,12 +111,21 @@ def test_every_combination_of_what_ran_is_measured_whole(no_gpu, tmp_path):
     assert kinds(no_gpu.made) == (1, 8, count)
     assert len(found.plans) == count
     whole = [job for job in no_gpu.made if job.function is jobs.check_and_time][1:]
+    stages = [job for job in no_gpu.made if job.function is jobs.check_and_time_stage]
+    assert {job.arguments[6] for job in stages} == {None}, "none is given up"
     assert {(job.arguments[3], job.arguments[-1]) for job in whole} == {(COMBINATION_TIME_LIMIT_S, QUICK[:1])}
     assert no_gpu.made[-count:] == whole, "when the stages are known"
     assert all(set(plan.stages) == set(STAGES) and len(row.times_us) == 6 for plan, row in found.plans.items())
     assert "ordinary" in found.how["whole_plans"]
     assert set(found.sources) >= {"triton:gla_decay_rows", "triton:gla_output", "triton:routing"}
     assert additivity(found).median_error < 1e-6
+
+
+def test_stages_alone_are_given_up_when_they_are_slow(no_gpu, tmp_path):
+    found = record(tmp_path / "tuning.db", whole_plans=False)
+    assert not found.plans
+    assert "whole_plans" not in found.how
+    assert any(job.arguments[6] is not None for job in no_gpu.made if job.function is jobs.check_and_time_stage)
 
 
 def test_at_every_outer_point(no_gpu, tmp_path):
@@ -349,6 +359,12 @@ def test_strategies_are_judged_by_whole_plans():
     assert ours.median is None
     assert max(random.ratios) == 1.0
     assert all(random.evaluations)
+
+
+def test_joint_samplers_propose_only_values_that_were_recorded():
+    outer = Joint(Recorded(sweep_with_plans()), "random", 0)._outer
+    assert [(axis.name, axis.values) for axis in outer.axes] == [("chunk_size", (32, 64))]
+    assert dict(outer.fixed) == {"state_dtype": "io", "states": "recompute", "split": 0}
 
 
 def test_a_replay_of_plans_counts_plans(file, capsys):
