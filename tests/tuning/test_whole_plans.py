@@ -20,6 +20,7 @@ from sse_tune.tuning.cases import QUICK
 from sse_tune.tuning.evaluate import COMBINATION_TIME_LIMIT_S
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.joint import Joint
+from sse_tune.tuning.landscape import Templates
 from sse_tune.tuning.recorded import Recorded
 from sse_tune.tuning.recorder import Recorder
 from sse_tune.tuning.replay import compare, main
@@ -119,6 +120,25 @@ def test_every_combination_of_what_ran_is_measured_whole(no_gpu, tmp_path):
     assert "ordinary" in found.how["whole_plans"]
     assert set(found.sources) >= {"triton:gla_decay_rows", "triton:gla_output", "triton:routing"}
     assert additivity(found).median_error < 1e-6
+
+
+def test_nothing_is_combined_while_a_stage_is_out():
+    everything = sweep_module.Everything(Templates(PROBLEM, DEVICE, ("triton",)), STAGES, False, 2, True)
+    everything.tell(everything.ask(), 300.0)
+    out = [everything.ask() for _ in range(4)]
+    assert [candidate.kind for candidate in out] == ["stage"] * 4
+    for number, candidate in enumerate(out):
+        assert everything.ask() is None
+        assert not everything.finished
+        everything.tell(candidate, None if number == 0 else 100.0)
+    combined = [everything.ask() for _ in range(2)]
+    assert [candidate.kind for candidate in combined] == ["combination"] * 2
+    assert everything.ask() is None
+    assert not everything.finished
+    for candidate in combined:
+        everything.tell(candidate, 200.0)
+    assert everything.ask() is None
+    assert everything.finished
 
 
 def test_stages_alone_are_given_up_when_they_are_slow(no_gpu, tmp_path):
