@@ -15,7 +15,7 @@ from sse_tune.database.fields import CHECKS, Json, Moment, Numbers, Times, Words
 from sse_tune.errors import DatabaseError, PlanError
 from sse_tune.plan import Plan
 
-KINDS = ("plan", "stage")
+KINDS = ("plan", "stage", "combination")
 OUTCOMES = ("ok", "rejected", "compile_error", "wrong", "crash", "timeout", "out_of_memory", "interrupted")
 NEXT_NUMBER = -1
 

@@ -18,7 +18,8 @@ class Candidate:
     """What a strategy wants to know the time of.
 
     Args:
-        kind: "plan", end to end, or "stage", one stage alone.
+        kind: "plan", end to end; "stage", one stage alone; "combination", end to end too, for a sweep: admitted by the
+            case "ordinary" alone, so that no search takes it for a plan that was admitted.
         plan: the plan; for a stage, `base` with that stage's choice.
         base: for a stage: the admitted plan on whose buffers it runs.
         stage: its name.
@@ -32,7 +33,7 @@ class Candidate:
     def key(self, problem: Problem) -> str:
         """Thirty-two hex digits: the same for one stage's choice at all outer points of one contract."""
         if self.stage is None:
-            return digest(["plan", self.plan.to_dict()])
+            return digest([self.kind, self.plan.to_dict()])
         contract = stage_contract(self.stage, problem, self.plan.outer)
         return digest(["stage", self.stage, contract, self.plan.stages[self.stage].to_dict()])
 

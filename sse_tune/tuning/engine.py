@@ -108,7 +108,8 @@ class Engine:
         """Hands a candidate to the compilers."""
         if self.ahead is None or candidate.plan.graph == "whole":
             return []
-        plan, chunk_size, names = candidate.plan, chunk_size_of(candidate.plan), tuple(QUICK)
+        plan, chunk_size = candidate.plan, chunk_size_of(candidate.plan)
+        names: tuple[str, ...] = QUICK if candidate.kind == "plan" else QUICK[:1]
         if candidate.stage is not None:
             plan, names = dataclasses.replace(plan, stages={candidate.stage: plan.stages[candidate.stage]}), OWN
         pending: dict[concurrent.futures.Future[Compiled], None] = {}  # in order, each once
@@ -192,7 +193,7 @@ class Engine:
             return
         best = self._best.get(self._rivals(candidate))
         # a base is slow for stages that are still to be tuned: only what is the end of its search is given up
-        ends = candidate.stage is not None or candidate.plan.graph == "whole"
+        ends = strategy.gives_up and (candidate.stage is not None or candidate.plan.graph == "whole")
         job = self.evaluator.job(candidate, _HOPELESS * best if ends and best is not None else None, best)
         self.lanes.submit(job, functools.partial(self._end, strategy if told else None, candidate, resources=resources))
 

@@ -15,6 +15,7 @@ from sse_tune.templates.registry import find_template
 from sse_tune.tuning import jobs
 from sse_tune.tuning.ahead import Compiled
 from sse_tune.tuning.candidates import Candidate
+from sse_tune.tuning.cases import QUICK
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.recorder import Recorder
 from sse_tune.tuning.worker import JobResult
@@ -25,6 +26,7 @@ STAGE_DEADLINE_S = 60.0
 PLAN_DEADLINE_S = 240.0
 STAGE_TIME_LIMIT_S = 0.05
 PLAN_TIME_LIMIT_S = 0.5
+COMBINATION_TIME_LIMIT_S = 0.06  # there are hundreds; about a hundred repeats of half a millisecond
 _ENTRY_S = 15.0  # added to a deadline for every further entry of a workload: compiling and admission are for all
 QUARANTINED = ("wrong", "crash")  # never to be tried again; a hang or a lack of memory may be the machine's
 
@@ -65,7 +67,9 @@ class Evaluator:
         plan, limits = candidate.plan, (give_up_us, confirm_us)
         more_s = _ENTRY_S * (len(self.workload.entries) - 1)
         if candidate.stage is None:
-            arguments: tuple[Any, ...] = (plan, self.workload, self.device, PLAN_TIME_LIMIT_S, *limits)
+            is_plan = candidate.kind == "plan"
+            limit_s, names = (PLAN_TIME_LIMIT_S, QUICK) if is_plan else (COMBINATION_TIME_LIMIT_S, QUICK[:1])
+            arguments: tuple[Any, ...] = (plan, self.workload, self.device, limit_s, *limits, names)
             return Job(jobs.check_and_time, arguments, PLAN_DEADLINE_S + more_s)
         arguments = (plan, candidate.base, candidate.stage, self.workload, self.device, STAGE_TIME_LIMIT_S, *limits)
         return Job(jobs.check_and_time_stage, arguments, STAGE_DEADLINE_S + more_s)

@@ -100,6 +100,7 @@ def check_and_time(
     time_limit_s: float,
     give_up_us: float | None = None,
     confirm_us: float | None = None,
+    names: tuple[str, ...] = QUICK,
 ) -> Attempt:
     """Admits a plan, then times it end to end on every entry.
 
@@ -108,8 +109,9 @@ def check_and_time(
         time_limit_s: of the measurement of an entry; it ends before, once the expected time is known well enough.
         give_up_us: a plan slower than this is left after two repeats.
         confirm_us: a plan faster than this, the best so far, is measured twice as long: it may be luck.
+        names: the cases that it is admitted by.
     """
-    admitted = check(plan, load, device)
+    admitted = check(plan, load, device, names)
     if admitted.outcome != "ok":
         return admitted
 

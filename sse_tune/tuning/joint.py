@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
+from collections.abc import Iterable
 
 import optuna
 from optuna.trial import TrialState
@@ -31,9 +32,12 @@ class _Group:
     fixed: tuple[tuple[str, Value], ...]
 
     @classmethod
-    def of(cls, prefix: str, params: tuple[Param, ...]) -> _Group:
-        axes = tuple(Axis.of(param.name, param.values) for param in params if len(param.values) > 1)
-        fixed = tuple((param.name, param.values[0]) for param in params if len(param.values) == 1)
+    def of(cls, prefix: str, params: tuple[Param, ...], recorded: Iterable[Config]) -> _Group:
+        """Values that no recorded config has are left out: proposals of them would only cost time."""
+        present = {param.name: {config[param.name] for config in recorded} for param in params}
+        values = {param.name: tuple(v for v in param.values if v in present[param.name]) for param in params}
+        axes = tuple(Axis.of(name, some) for name, some in values.items() if len(some) > 1)
+        fixed = tuple((name, some[0]) for name, some in values.items() if len(some) == 1)
         return cls(prefix, tuple(param.name for param in params), axes, fixed)
 
     def config(self, codes: Codes) -> Config:
@@ -55,11 +59,12 @@ class _Stage:
     template: Axis | None
 
     @classmethod
-    def of(cls, name: str, slots: tuple[Slot, ...]) -> _Stage:
+    def of(cls, name: str, slots: tuple[Slot, ...], recorded: Recorded) -> _Stage:
         titles = tuple(f"{slot.backend}:{slot.template}" for slot in slots)
+        prefixes = [f"{name}."] if len(slots) == 1 else [f"{name}.{title}." for title in titles]
         groups = tuple(
-            _Group.of(f"{name}." if len(slots) == 1 else f"{name}.{title}.", slot.space.params)
-            for slot, title in zip(slots, titles)
+            _Group.of(prefix, slot.space.params, recorded.configs_of(name, slot))
+            for slot, prefix in zip(slots, prefixes)
         )
         return cls(name, slots, groups, Axis.of("template", titles) if len(slots) > 1 else None)
 
@@ -99,8 +104,8 @@ class Joint(Proposer):
         self._random = random.Random(seed)
         self._base = recorded.base(None)
         self._plans = recorded.plans
-        self._outer = _Group.of("None.", recorded.outer.params)
-        self._stages = [_Stage.of(stage, recorded.slots(stage)) for stage in recorded.stages]
+        self._outer = _Group.of("None.", recorded.outer.params, recorded.outers)
+        self._stages = [_Stage.of(stage, recorded.slots(stage), recorded) for stage in recorded.stages]
         self._distributions = {self._outer.prefix + axis.name: axis.distribution for axis in self._outer.axes}
         for stage in self._stages:
             if stage.template is not None:

@@ -1,7 +1,7 @@
 """A recorded sweep in the place of a machine: what can be chosen, and what it took.
 
-A plan of several stages takes the sum of its stages, as far as they are recorded; a plan of one stage takes what was
-measured. Answers may be blurred by noise, seeded.
+A plan takes what was measured end to end, where the sweep has whole plans; else, of several stages, their sum, as far
+as they are recorded. Answers may be blurred by noise, seeded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.stages import GRAPHS, stage_contract, stage_names
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.landscape import Slot, fastest_predicted
-from sse_tune.tuning.sweep_file import RecordedSpace, Row, Sweep
+from sse_tune.tuning.sweep_file import Sweep
+from sse_tune.tuning.sweep_spaces import RecordedSpace, Row
 from sse_tune.tuning.workload import Workload
 
 _Key = tuple[str, str, str, Hashable]
@@ -46,7 +47,9 @@ class Recorded:
         for space in sweep.spaces:
             self._spaces[self._key(space.stage, space.backend, space.template, space.outer)] = space
         self.stages = tuple(dict.fromkeys(space.stage for space in sweep.spaces))
-        self.outers = self._known_outers({space.outer for space in sweep.spaces})
+        known, with_plans = self._known_outers({space.outer for space in sweep.spaces}), {p.outer for p in sweep.plans}
+        self.outers = [outer for outer in known if outer in with_plans] if sweep.plans else known
+        self._plan_rows = sweep.plans
         self._slots = {stage: self._slots_of(stage) for stage in self.stages}
 
     @property
@@ -79,6 +82,9 @@ class Recorded:
 
     def exact_us(self, plan: Plan, stage: str | None = None) -> float | None:
         """The recorded time of a plan, or of one of its stages; None: it failed, or a part of it did."""
+        if stage is None and self._plan_rows:
+            whole = self._plan_rows.get(plan)
+            return None if whole is None else whole.time_us
         total = 0.0
         for name in self.stages if stage is None else (stage,):
             choice = plan.stages[name]
@@ -90,6 +96,9 @@ class Recorded:
 
     def best_us(self) -> float:
         """Of the fastest plan there is."""
+        if self._plan_rows:
+            at = [row.time_us for plan, row in self._plan_rows.items() if plan.outer in self.outers]
+            return min((time_us for time_us in at if time_us is not None), default=math.inf)
         return min(
             sum(
                 min(
@@ -111,6 +120,16 @@ class Recorded:
         if key not in self._choices:
             self._choices[key] = tuple(space.choice(c) for space in self._at(stage, outer) for c in space.rows)
         return self._choices[key]
+
+    def configs_of(self, stage: str, slot: Slot) -> tuple[Config, ...]:
+        """What was recorded of a template, at any outer point."""
+        wanted = (stage, slot.backend, slot.template)
+        return tuple(config for key, space in self._spaces.items() if key[:3] == wanted for config in space.rows)
+
+    @property
+    def has_whole_plans(self) -> bool:
+        """Whether plans have times of their own, which their stages' need not add up to."""
+        return bool(self._plan_rows)
 
     @property
     def configs(self) -> int:
@@ -144,6 +163,8 @@ class Recorded:
         return None if space is None else space.rows.get(config)
 
     def _at(self, stage: str, outer: Config) -> list[RecordedSpace]:
+        if stage not in stage_names(self.graph, self.problem, outer):
+            return []
         wanted = (stage, self.contract(stage, outer))
         return [space for (name, _, _, contract), space in self._spaces.items() if (name, contract) == wanted]
 

@@ -6,7 +6,8 @@
 One evaluation is one measurement, of a stage or of a whole plan. After each, a strategy is judged by the exact time of
 the plan it would answer with: of those it measured whole or could put together of the stages it measured, the one it
 believes to be the fastest. What counts is the evaluation from which on that plan stays within reach. All strategies
-begin with the default. A stage may have several templates; the table is in Markdown.
+begin with the default. A stage may have several templates; the table is in Markdown. Where whole plans were recorded,
+they take that, not the sum of their stages, and a line says how far the two are apart.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from collections.abc import Sequence
 
 from sse_tune.errors import SearchError, SSETuneError
 from sse_tune.plan import Plan, StageChoice
+from sse_tune.tuning.additivity import additivity
 from sse_tune.tuning.candidates import Candidate, Settings
 from sse_tune.tuning.joint import Joint
 from sse_tune.tuning.recorded import Recorded
@@ -44,8 +46,8 @@ class Result:
     Args:
         strategy: its name.
         evaluations: until within `WITHIN` of the best, by seed; None: not within the evaluations there were.
-        ratios: of the answer's exact time to the best, when the evaluations were used or, without noise, once within
-            reach; by seed.
+        ratios: of the answer's exact time to the best, when the evaluations were used or, where all that is believed
+            is exact, once within reach; by seed.
         curves: of each run the ratio after every evaluation, infinite before a plan was admitted.
     """
 
@@ -126,7 +128,8 @@ def compare(
         seeds: how many runs of each; every one has its own samplers and noise.
         evaluations: at most, of a run.
         noise: see `Recorded`.
-        to_end: go on once within reach, for the curves; else a run without noise ends there.
+        to_end: go on once within reach, for the curves; else a run without noise, whose plans are sums of stages, ends
+            there.
         processes: side by side; the results are the same.
 
     Raises:
@@ -175,7 +178,7 @@ def _run(
             reached = None  # it was believed to be there, and is led away again
         elif reached is None:
             reached = len(ratios) - 1
-            if recorded.noise == 0.0 and not to_end:
+            if recorded.noise == 0.0 and not recorded.has_whole_plans and not to_end:
                 break  # what is believed is exact, and can only become better
     return reached, tuple(ratios[1:] or ratios)
 
@@ -187,14 +190,14 @@ def _strategy(name: str, recorded: Recorded, seed: int, evaluations: int) -> Pro
     return WholePlans(recorded, settings) if recorded.graph == "whole" else Decomposed(recorded, settings)
 
 
-def table(results: Sequence[Result], configs: int) -> list[str]:
-    """In Markdown: evaluations until within `WITHIN`, and the median as a share of all configs."""
-    headings = ("strategy", "median", f"of {configs} configs", "least", "most", "reached", "worst ratio")
+def table(results: Sequence[Result], all_of_them: int, things: str) -> list[str]:
+    """In Markdown: evaluations until within `WITHIN`, and the median as a share of what trying everything takes."""
+    headings = ("strategy", "median", f"of {all_of_them} {things}", "least", "most", "reached", "worst ratio")
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for result in results:
         counts = [count for count in result.evaluations if count is not None]
         median = "-" if result.median is None else f"{result.median:g}"
-        share = "-" if result.median is None else f"{result.median / configs:.1%}"
+        share = "-" if result.median is None else f"{result.median / all_of_them:.1%}"
         least, most = (min(counts), max(counts)) if counts else ("-", "-")
         reached = f"{len(counts)} of {len(result.evaluations)}"
         shown = (result.strategy, median, share, least, most, reached, f"{max(result.ratios):.3f}")
@@ -217,6 +220,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.plot is not None:
             require_matplotlib()
         sweep = read_sweep(given.file)
+        sums = additivity(sweep) if sweep.plans else None
         results = compare(
             sweep, given.strategies.split(","), seeds=given.seeds, evaluations=given.evaluations, noise=given.noise,
             to_end=given.plot is not None, processes=given.processes,
@@ -228,10 +232,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = f"{sweep.problem.bucket.name} on {sweep.device}"
     print(f"{title}: {recorded.plans} plans of {', '.join(recorded.stages)}\n")
     print(f"Evaluations until within {WITHIN} of {recorded.best_us():.1f} us, over {given.seeds} seeds:\n")
-    print("\n".join(table(results, recorded.configs)) + "\n")
+    # stages that add up are known once each config was tried, whole plans only once each of them was
+    all_of_them = (recorded.plans, "plans") if recorded.has_whole_plans else (recorded.configs, "configs")
+    print("\n".join(table(results, *all_of_them)) + "\n")
+    if sums is not None:
+        print(sums.line(WITHIN) + "\n")
     if given.plot is not None:
         draw({result.strategy: result.curves for result in results}, WITHIN, given.plot, title)
-    print(json.dumps({"file": given.file.name, "noise": given.noise, "results": [one.to_dict() for one in results]}))
+    found: dict[str, object] = {"file": given.file.name, "noise": given.noise, "configs": recorded.configs,
+                                "plans": recorded.plans, "results": [one.to_dict() for one in results]}  # fmt: skip
+    print(json.dumps(found if sums is None else {**found, "additivity": dataclasses.asdict(sums)}))
     return 0
 
 

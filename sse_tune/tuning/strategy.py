@@ -42,7 +42,12 @@ class Proposer(abc.ABC):
 
 
 class Strategy(Proposer):
-    """Base of what the engine drives within a budget."""
+    """Base of what the engine drives within a budget.
+
+    `gives_up`: stages, and plans of one stage, that are much slower than the best are left after two repeats.
+    """
+
+    gives_up = True
 
     @abc.abstractmethod
     def stop(self) -> None:

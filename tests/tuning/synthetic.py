@@ -1,15 +1,18 @@
 """A sweep that nobody measured: times of three stages made of declared factors, for the logic of several stages."""
 
+import dataclasses
 import itertools
 import math
 import random
 
 from sse_tune.device import ARCHS
+from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Param
 from sse_tune.templates.registry import default_plan
 from sse_tune.templates.stages import GRAPHS
-from sse_tune.tuning.sweep_file import RecordedSpace, Row, Sweep
+from sse_tune.tuning.sweep_file import Sweep
+from sse_tune.tuning.sweep_spaces import RecordedSpace, Row
 
 PROBLEM = Problem.preset("spikingbrain2-5b")
 DEVICE = ARCHS["sm_90"]
@@ -109,6 +112,35 @@ def sweep(spaces_of=(space_of,)):
         problem=PROBLEM, device="synthetic", arch="sm_90", toolchain={"triton": "0"}, sources={"triton:gdn_scan": "0"},
         created="2026-01-01T00:00:00+00:00", how={"synthetic": True}, spaces=tuple(spaces),
     )  # fmt: skip
+
+
+REST_US = 300.0  # of the stages that are not swept
+CLASH_US = 200.0  # what a plan takes more than its stages do alone, where both have the same tile
+
+
+def whole_us(plan):
+    """Of a plan of `sweep_with_plans`: 300 us more than its stages, and 200 us more where both have one tile."""
+    spaces = {stage: other_space_of(stage, plan.outer).rows for stage in plan.stages}
+    times = [spaces[stage][choice.config].time_us for stage, choice in plan.stages.items()]
+    clash = len({choice.config["tile"] for choice in plan.stages.values()}) == 1
+    return REST_US + sum(times) + clash * CLASH_US
+
+
+def sweep_with_plans():
+    """Two stages of six configs at two chunk sizes, and every whole plan of them; the last scan never ran."""
+    spaces, plans = [], {}
+    for outer in (OUTERS[2], OUTERS[0]):
+        choices = []
+        for stage in ("prepare", "scan"):
+            space = other_space_of(stage, outer)
+            if stage == "scan":
+                space.rows[Config(tile=64, warps=8)] = Row("compile_error", "too large", ())
+            spaces.append(space)
+            choices.append([space.choice(config) for config, row in space.rows.items() if row.outcome == "ok"])
+        for prepare, scan in itertools.product(*choices):
+            plan = Plan("staged", outer, {"prepare": prepare, "scan": scan})
+            plans[plan] = Row("ok", None, (round(whole_us(plan), 2),) * 5)
+    return dataclasses.replace(sweep(), spaces=tuple(spaces), plans=plans)
 
 
 assert set(OUTERS) <= set(GRAPHS["staged"].configs(PROBLEM, DEVICE))

@@ -44,7 +44,7 @@ def set_unknown(data):
 
 
 def set_newer(data):
-    data["version"] = 2
+    data["version"] = 3
 
 
 def set_no_problem(data):
@@ -80,7 +80,7 @@ def set_unknown_outcome(data):
     [
         (set_unknown, "exactly the fields"), (set_newer, "must say"), (set_no_problem, "problem must be one"),
         (set_no_spaces, "list with an entry"), (set_row_twice, "each config once"),
-        (set_value_outside, r"spaces\[0\] row 0: values of its parameters"),
+        (set_value_outside, r"spaces\[0\] row 0 must hold values of its parameters"),
         (set_ok_without_times, "times exactly if it is ok"), (set_negative_time, "positive, finite"),
         (set_unknown_outcome, "spaces.0. row 0"),
     ],
@@ -204,7 +204,7 @@ def test_processes_change_nothing(two_templates):
 
 def test_the_table_is_markdown():
     results = compare(sweep(), ("ours", "random", "exhaustive"), seeds=2, evaluations=60)
-    head, line, ours, random, exhaustive = table(results, 384)
+    head, line, ours, random, exhaustive = table(results, 384, "configs")
     assert head.startswith("| strategy | median | of 384 configs |")
     assert line == "|---|---|---|---|---|---|---|"
     assert re.fullmatch(r"\| ours \| \d+(\.5)? \| \d+\.\d% \| \d+ \| \d+ \| 2 of 2 \| 1\.0\d\d \|", ours)
