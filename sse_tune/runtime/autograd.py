@@ -11,13 +11,14 @@ On a GPU both run passes that were prepared (`prepared.py`); elsewhere `pipeline
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sse_tune.runtime.arguments import are_plain, flatten_tokens
 from sse_tune.runtime.pipeline import Execution, Inputs, buffer_spec, gradient_names, saved_names, state_shape
 from sse_tune.runtime.prepared import backward_pass, forward_pass
 from sse_tune.runtime.recording import Spec, saved_blocks
@@ -25,35 +26,47 @@ from sse_tune.runtime.settings import Settings, read_plan, read_problem
 
 
 def run(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor | None]:
-    """o `[R, H, V]` and the final state of a staged plan, differentiable if the problem trains."""
+    """o `[R, H, V]` and the final state of a staged plan by the operators, differentiable if the problem trains."""
     present = inputs.present()
-    tensors, names = list(present.values()), ",".join(present)
-    results: Sequence[Tensor]
-    if not _runs_at_once(tensors):
-        results = forward_op(
-            tensors, names, settings.problem, settings.plan, settings.scale, settings.output_final_state
-        )
-    elif read_problem(settings.problem).trains:
-        results = _Function.apply(names, settings, *tensors)
-    else:
-        results, _ = _forward(tensors, names, settings)
+    results = forward_op(
+        list(present.values()), ",".join(present), settings.problem, settings.plan, settings.scale,
+        settings.output_final_state,
+    )
     return results[0], results[1] if settings.output_final_state else None
 
 
-def _runs_at_once(tensors: list[Tensor]) -> bool:
+def runs_at_once(tensors: Iterable[Tensor]) -> bool:
     """Whether nobody but autograd follows what happens to these tensors."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
-        and all(type(tensor) is Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+        and are_plain(tensors)
     )
+
+
+def run_at_once(tensors: dict[str, Tensor], settings: Settings) -> tuple[Tensor, Tensor | None]:
+    """o `[B, T, H, V]` and the final state of a staged plan without an operator, differentiable if the problem trains.
+
+    Args:
+        tensors: checked arguments of the operation by name, as they came, with `cu_seqlens` as in `Inputs`.
+        settings: of the call.
+    """
+    names, given = ",".join(tensors), tuple(tensors.values())
+    results: Sequence[Tensor]
+    if read_problem(settings.problem).trains:
+        results = _Function.apply(names, settings, *given)
+    else:
+        results, _ = _forward([tensor.contiguous() for tensor in given], names, settings)
+    return results[0], results[1] if settings.output_final_state else None
 
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, names: str, settings: Settings, *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, names: str, settings: Settings, *given: Tensor) -> tuple[Tensor, ...]:
+        tensors = [tensor.contiguous() for tensor in given]
         results, saved = _forward(tensors, names, settings)
+        # o and the final state are not needed again
         ctx.set_materialize_grads(False)
         ctx.names, ctx.settings = names, settings
         ctx.save_for_backward(*tensors, *saved)
@@ -67,7 +80,7 @@ class _Function(torch.autograd.Function):
         do, d_final_state = _result_gradients(grads, tensors[names.index("v")], settings.output_final_state)
         found = _backward(tensors, ctx.names, saved, do, d_final_state, settings)
         by_name = dict(zip(gradient_names(names), found))
-        return None, None, *(by_name.get(name) for name in names)
+        return None, None, *[by_name.get(name) for name in names]
 
 
 def _result_gradients(
@@ -82,18 +95,22 @@ def _result_gradients(
 
 
 def _forward(tensors: Sequence[Tensor], names: str, settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
-    """o and the final state if asked for, and what the backward pass needs if the problem trains."""
+    """o and the final state if asked for, and what the backward pass needs if the problem trains. Tokens may be `[R]`
+    or `[B, T]`, in the results as in what is given."""
     if _is_prepared(tensors[0]):
         prepared = forward_pass(
             names, _specs(tensors), settings.problem, settings.plan, settings.scale, settings.output_final_state
         )
         done = prepared.run(tensors)
         return done.tensors, done.saved
-    inputs, posed = Inputs(**dict(zip(names.split(","), tensors))), read_problem(settings.problem)
+    present = dict(zip(names.split(","), tensors))
+    posed = read_problem(settings.problem)
     execution = Execution(
-        read_plan(settings.plan), posed, inputs, scale=settings.scale, output_final_state=settings.output_final_state
+        read_plan(settings.plan), posed, _inputs(present), scale=settings.scale,
+        output_final_state=settings.output_final_state,
     )
     o, final_state = execution.forward()
+    o = o.reshape(present["v"].shape)
     return [o] if final_state is None else [o, final_state], execution.saved() if posed.trains else []
 
 
@@ -101,16 +118,22 @@ def _backward(
     tensors: Sequence[Tensor], names: str, saved: Sequence[Tensor], do: Tensor, d_final_state: Tensor | None,
     settings: Settings,
 ) -> list[Tensor]:
-    """The gradients of the inputs that have one, in the order of `gradient_names`."""
+    """The gradients of the inputs that have one, in the order of `gradient_names` and of the inputs' shapes."""
     if _is_prepared(tensors[0]):
         given, names = [*tensors, do], f"{names},do"
         if d_final_state is not None:
             given, names = [*given, d_final_state], f"{names},d_final_state"
         prepared = backward_pass(names, _specs(given), settings.problem, settings.plan, settings.scale)
         return prepared.run(given, saved).tensors
-    inputs, posed = Inputs(**dict(zip(names.split(","), tensors))), read_problem(settings.problem)
-    execution = Execution.restore(read_plan(settings.plan), posed, inputs, saved, scale=settings.scale)
-    return list(execution.backward(do, d_final_state).values())
+    present, posed = dict(zip(names.split(","), tensors)), read_problem(settings.problem)
+    execution = Execution.restore(read_plan(settings.plan), posed, _inputs(present), saved, scale=settings.scale)
+    found = execution.backward(do.reshape(execution.tensors["v"].shape), d_final_state)
+    return [gradient.reshape(present[name].shape) for name, gradient in found.items()]
+
+
+def _inputs(present: dict[str, Tensor]) -> Inputs:
+    is_flat = present["q"].dim() == 3
+    return Inputs(**{name: t if is_flat else flatten_tokens(name, t) for name, t in present.items()})
 
 
 def _is_prepared(tensor: Tensor) -> bool:

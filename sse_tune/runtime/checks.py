@@ -140,6 +140,10 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, seq_len: int) -> int:
         raise ProblemError(
             "packed sequences need B = 1", f"B={batch} with cu_seqlens", "concatenate the sequences along T"
         )
+    return operator.index(cu_seqlens.shape[0]) - 1
+
+
+def check_offsets(cu_seqlens: torch.Tensor, seq_len: int) -> None:
     if _readable(cu_seqlens):
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != seq_len:
@@ -153,7 +157,6 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, seq_len: int) -> int:
                     "`cu_seqlens` must never decrease", f"{start} then {stop} at sequence {index}",
                     "pass cumulative lengths, not lengths",
                 )
-    return operator.index(cu_seqlens.shape[0]) - 1
 
 
 def check_initial_state(tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:

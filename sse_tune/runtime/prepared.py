@@ -18,6 +18,7 @@ from torch import Tensor
 from sse_tune.compilers import bound, cubin
 from sse_tune.compilers.artifacts import Launch
 from sse_tune.compilers.bound import ADDRESS_ALIGNMENT, BoundLaunch
+from sse_tune.runtime.pipeline import WITHOUT_TOKENS, gradient_names, state_shape
 from sse_tune.runtime.recording import Recording, Spec, record_backward, record_forward
 from sse_tune.runtime.settings import read_plan, read_problem
 
@@ -39,11 +40,13 @@ class Pass:
 
     Args:
         recording: the pass.
+        shapes: of the results, as many elements as they were recorded with.
         bind: makes its launches, given each with the index of the device (None: a CPU).
     """
 
-    def __init__(self, recording: Recording, bind: Callable = bound.bind) -> None:
+    def __init__(self, recording: Recording, shapes: Sequence[Sequence[int]], bind: Callable = bound.bind) -> None:
         self._recording, self._bind = recording, bind
+        self._shapes = dict(zip(recording.results, map(tuple, shapes), strict=True))
         self._bound: dict[tuple[Any, ...], Launches] = {}
 
     def run(self, tensors: Sequence[Tensor], saved: Sequence[Tensor] = ()) -> Results:
@@ -84,8 +87,8 @@ class Pass:
         results: dict[int, Tensor] = {}
         blocks: dict[int, Tensor] = {}
         for step, bound_launches in zip(recording.steps, launches):
-            for slot, shape, dtype in step.results:
-                results[slot] = torch.empty(shape, dtype=dtype, device=device)
+            for slot, dtype in step.results:
+                results[slot] = torch.empty(self._shapes[slot], dtype=dtype, device=device)
                 table[slot] = results[slot].data_ptr()
             for number, block in step.blocks:
                 blocks[number] = torch.empty(block.nbytes, dtype=torch.uint8, device=device)
@@ -117,15 +120,28 @@ class Pass:
 def forward_pass(
     names: str, specs: tuple[Spec, ...], problem: str, plan: str, scale: float, output_final_state: bool
 ) -> Pass:
-    """For inputs of these names (with commas between) and specs; the rest is as in `Settings`. Results are o and, if
-    asked for, the final state."""
-    given = dict(zip(names.split(","), specs, strict=True))
-    return Pass(record_forward(read_plan(plan), read_problem(problem), given, scale, output_final_state))
+    """For inputs of these names (with commas between) and specs, tokens `[R]` or `[B, T]`; the rest is as in
+    `Settings`. Results are o, shaped as v, and, if asked for, the final state."""
+    given, posed = dict(zip(names.split(","), specs, strict=True)), read_problem(problem)
+    recording = record_forward(read_plan(plan), posed, _flat(given), scale, output_final_state)
+    return Pass(recording, [given["v"][0], state_shape(posed)][: len(recording.results)])
 
 
 @functools.lru_cache(maxsize=256)
 def backward_pass(names: str, specs: tuple[Spec, ...], problem: str, plan: str, scale: float) -> Pass:
     """For inputs, then `do` and, if it is there, `d_final_state`; results are the gradients in the order of
-    `gradient_names`."""
+    `gradient_names`, shaped as the inputs."""
     given = dict(zip(names.split(","), specs, strict=True))
-    return Pass(record_backward(read_plan(plan), read_problem(problem), given, scale))
+    recording = record_backward(read_plan(plan), read_problem(problem), _flat(given), scale)
+    inputs = [name for name in given if name not in ("do", "d_final_state")]
+    return Pass(recording, [given[name][0] for name in gradient_names(inputs)])
+
+
+def _flat(given: dict[str, Spec]) -> dict[str, Spec]:
+    """The same with tokens `[R]`."""
+    if len(given["q"][0]) == 3:
+        return given
+    return {
+        name: (shape if name in WITHOUT_TOKENS else (shape[0] * shape[1], *shape[2:]), dtype)
+        for name, (shape, dtype) in given.items()
+    }

@@ -52,13 +52,13 @@ class Step:
     """One stage: what is allocated before it, what it launches, and which of the pass's blocks end with it.
 
     Args:
-        results: slot, shape and dtype of the tensors that a caller gets.
+        results: slot and dtype of the tensors that a caller gets.
         blocks: number and block, numbers counted through the pass.
         launches: each with the slot of every argument by its name.
         ends: numbers of blocks.
     """
 
-    results: tuple[tuple[int, tuple[int, ...], torch.dtype], ...]
+    results: tuple[tuple[int, torch.dtype], ...]
     blocks: tuple[tuple[int, Block], ...]
     launches: tuple[tuple[Launch, Mapping[str, int]], ...]
     ends: tuple[int, ...]
@@ -190,13 +190,13 @@ class _Recorder:
         self, results: Sequence[torch.Tensor], saved: Sequence[Sequence[torch.Tensor]], saved_in: Sequence[Block]
     ) -> Recording:
         result_slots = [self.slot(tensor) for tensor in results]
-        specs = {slot: (tuple(tensor.shape), tensor.dtype) for slot, tensor in zip(result_slots, results)}
+        dtypes = {slot: tensor.dtype for slot, tensor in zip(result_slots, results)}
         nbytes = {self.slot(tensor): tensor.untyped_storage().nbytes() for tensor in self._kept}
         groups: list[tuple[int, int, list[int]]] = []  # birth, death, members; saved ones first and without a death
         for buffers in saved:
             slots = [self.slot(buffer) for buffer in buffers]
             groups.append((self._born[slots[0]], -1, slots))
-        outliving = set(specs).union(*(slots for _, _, slots in groups))
+        outliving = set(dtypes).union(*(slots for _, _, slots in groups))
         passing: dict[tuple[int, int], list[int]] = {}
         for slot, born in self._born.items():
             # what no launch takes is not allocated at all
@@ -207,7 +207,7 @@ class _Recorder:
         numbered = list(enumerate(groups))
         steps = tuple(
             Step(
-                results=tuple((slot, *spec) for slot, spec in specs.items() if self._born[slot] == stage),
+                results=tuple((slot, dtype) for slot, dtype in dtypes.items() if self._born[slot] == stage),
                 blocks=tuple((number, blocks[number]) for number, (born, _, _) in numbered if born == stage),
                 launches=tuple(self._launches[stage]),
                 ends=tuple(number for number, (_, death, _) in numbered if death == stage),

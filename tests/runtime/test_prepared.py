@@ -93,7 +93,7 @@ def test_a_pass_gives_what_its_stages_give(name, poisoned_blocks):
     given = inputs.present()
     execution = Execution(plan, problem, inputs, scale=SCALE, output_final_state=True)
     expected = list(execution.forward())
-    forward = Pass(record_forward(plan, problem, specs_of(given), SCALE, True), bind_interpreter)
+    forward = Pass(record_forward(plan, problem, specs_of(given), SCALE, True), [t.shape for t in expected], bind_interpreter)
     actual = forward.run(list(given.values()))
     assert all(torch.equal(a, e) for a, e in zip(actual.tensors, expected, strict=True))
     if not problem.trains:
@@ -101,7 +101,8 @@ def test_a_pass_gives_what_its_stages_give(name, poisoned_blocks):
         return
     more = {"do": torch.randn_like(expected[0]), "d_final_state": torch.randn_like(expected[1])}
     gradients = execution.backward(*more.values())
-    backward = Pass(record_backward(plan, problem, specs_of(given | more), SCALE), bind_interpreter)
+    shapes = [given[key].shape for key in gradient_names(given)]
+    backward = Pass(record_backward(plan, problem, specs_of(given | more), SCALE), shapes, bind_interpreter)
     found = backward.run([*given.values(), *more.values()], actual.saved)
     for key, tensor in zip(gradient_names(given), found.tensors, strict=True):
         assert torch.equal(tensor, gradients[key]), key
