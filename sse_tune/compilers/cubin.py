@@ -7,6 +7,7 @@ contract's. A launch allocates nothing on the device, so that it can be captured
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import struct
 from collections.abc import Sequence
@@ -42,17 +43,29 @@ class Loaded:
 
     def launch(self, grid: tuple[int, ...], threads: int, values: Sequence[Any], stream: int) -> None:
         """Launches it on the current device; `values` in the order of `parameters`, tensors as addresses."""
-        block, pointers = self._arguments.pack(values)
+        packed = self._arguments.pack(values)
         x, y, z = grid
         code = _launch_kernel()(
-            self._function, x, y, z, threads, 1, 1, self._smem_bytes, stream, ctypes.addressof(pointers), None
+            self._function, x, y, z, threads, 1, 1, self._smem_bytes, stream, packed.pointers_address, None
         )
+        self._arguments.take_back(packed)
         if code:
             _refuse("cuLaunchKernel", code)
 
 
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """The arguments of one launch: a block of memory with their values, and the address of each in it."""
+
+    values: ctypes.Array
+    pointers: ctypes.Array
+    pointers_address: int
+
+
 class Arguments:
-    """How the arguments of a kernel lie in memory for the driver; holds none of them, so that threads can share it."""
+    """How the arguments of a kernel lie in memory for the driver, which copies them within the launch call.
+
+    Blocks are used again: one is owned by a single launch at a time, so that threads can share a kernel."""
 
     def __init__(self, parameters: tuple[Parameter, ...]) -> None:
         formats = [_FORMATS[parameter.kind] for parameter in parameters]
@@ -61,15 +74,25 @@ class Arguments:
         self._offsets = [
             struct.calcsize("@" + "".join(formats[: i + 1])) - struct.calcsize(formats[i]) for i in range(len(formats))
         ]
-        self._block = ctypes.c_char * max(1, self._struct.size)
-        self._pointers = ctypes.c_void_p * len(parameters)
+        self._free: list[Packed] = []
 
-    def pack(self, values: Sequence[Any]) -> tuple[ctypes.Array, ctypes.Array]:
-        """A block of memory with the values, and the address of each in it; both must outlive the launch call."""
-        block = self._block()
-        self._struct.pack_into(block, 0, *values)
+    def pack(self, values: Sequence[Any]) -> Packed:
+        """To be given back by `take_back` after the launch call; not before."""
+        try:
+            packed = self._free.pop()
+        except IndexError:
+            packed = self._new()
+        self._struct.pack_into(packed.values, 0, *values)
+        return packed
+
+    def take_back(self, packed: Packed) -> None:
+        self._free.append(packed)
+
+    def _new(self) -> Packed:
+        block = (ctypes.c_char * self._struct.size)()
         start = ctypes.addressof(block)
-        return block, self._pointers(*[start + offset for offset in self._offsets])
+        pointers = (ctypes.c_void_p * len(self._offsets))(*[start + offset for offset in self._offsets])
+        return Packed(block, pointers, ctypes.addressof(pointers))
 
 
 def launch(program: Program, grid: tuple[int, ...], args: dict[str, Any], num_warps: int) -> None:

@@ -162,7 +162,8 @@ def forward_op(
     tensors: list[Tensor], names: str, problem: str, plan: str, scale: float, output_final_state: bool
 ) -> list[Tensor]:
     """o, the final state if asked for, and what the backward pass needs if the problem trains."""
-    results, saved = _forward(tensors, names, Settings(problem, plan, scale, output_final_state))
+    given = [tensor.contiguous() for tensor in tensors]  # a compiler may have laid them out its own way
+    results, saved = _forward(given, names, Settings(problem, plan, scale, output_final_state))
     return results + saved
 
 
@@ -188,8 +189,9 @@ def backward_op(
     problem: str, plan: str, scale: float,
 ) -> list[Tensor]:
     """The gradients of the inputs that have one, in the order of `gradient_names`."""
-    settings = Settings(problem, plan, scale, d_final_state is not None)
-    return _backward(tensors, names, saved, do, d_final_state, settings)
+    settings, given = Settings(problem, plan, scale, d_final_state is not None), [t.contiguous() for t in tensors]
+    d_state = None if d_final_state is None else d_final_state.contiguous()
+    return _backward(given, names, saved, do.contiguous(), d_state, settings)
 
 
 @backward_op.register_fake
