@@ -20,8 +20,10 @@ def call(arguments: Arguments, graph: str, problem: str, plan: str) -> tuple[Ten
         plan: one that `validate_plan` passed for the problem, as JSON.
     """
     settings = Settings(problem, plan, arguments.scale_value(), arguments.output_final_state)
-    if graph != "whole" and runs_at_once(arguments.tensors().values()):
-        return run_at_once(arguments.tensors() | {"cu_seqlens": offsets(arguments)}, settings)
+    if graph != "whole":
+        tensors = arguments.tensors()
+        if runs_at_once(tensors.values()):
+            return run_at_once({**tensors, "cu_seqlens": offsets(arguments)}, settings)
     inputs = flatten(arguments)
     o, final_state = run_whole(inputs, settings) if graph == "whole" else run(inputs, settings)
     return o.reshape(arguments.v.shape), final_state
