@@ -139,7 +139,8 @@ def _check(arguments: Arguments, tensors: dict[str, torch.Tensor], trains: bool)
     checks.check_shapes(tensors, (batch, seq_len), num_heads, head_dim, head_dim_v, num_partitions)
     checks.check_dtypes(tensors)
     checks.check_numbers(
-        num_partitions, arguments.top_k, arguments.scale, arguments.qk_l2norm, arguments.gate_before_norm
+        num_partitions, arguments.top_k, arguments.read_k, arguments.scale, arguments.qk_l2norm,
+        arguments.gate_before_norm,
     )
     num_sequences = checks.check_cu_seqlens(tensors["cu_seqlens"], batch, seq_len) if "cu_seqlens" in tensors else None
     states = (num_sequences or batch, int(has_shared) + num_partitions, num_heads, head_dim, head_dim_v)

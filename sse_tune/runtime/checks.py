@@ -109,7 +109,8 @@ def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def check_numbers(
-    num_partitions: int, top_k: int | None, scale: float | None, qk_l2norm: bool, gate_before_norm: bool
+    num_partitions: int, top_k: int | None, read_k: int | None, scale: float | None, qk_l2norm: bool,
+    gate_before_norm: bool,
 ) -> None:
     if num_partitions and top_k is None:
         raise ProblemError(
@@ -119,6 +120,13 @@ def check_numbers(
         raise ProblemError(
             "1 <= top_k <= N must hold", f"top_k=0, N={num_partitions}", "pass router_logits=None for none"
         )
+    for name, value in (("top_k", top_k), ("read_k", read_k)):
+        # here and not with the problem's own checks: problems are looked up by their fields, and 1 == True == 1.0
+        if num_partitions and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ProblemError(
+                f"1 <= {name} <= N must hold for an integer", f"{name}={value!r}, N={num_partitions}",
+                f"pass int({name})",
+            )
     if gate_before_norm and not qk_l2norm:
         raise ProblemError(
             "`gate_before_norm` says where the gate stands to the norm", "gate_before_norm=True, qk_l2norm=False",

@@ -90,6 +90,7 @@ class Pass:
             for slot, dtype in step.results:
                 results[slot] = torch.empty(self._shapes[slot], dtype=dtype, device=device)
                 table[slot] = results[slot].data_ptr()
+                assert table[slot] % ADDRESS_ALIGNMENT == 0, "an allocator aligns what it hands out"
             for number, block in step.blocks:
                 blocks[number] = torch.empty(block.nbytes, dtype=torch.uint8, device=device)
                 block.place(table, blocks[number].data_ptr())

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sse_tune.compilers.artifacts import Launch
-from sse_tune.compilers.bound import Pointer
+from sse_tune.compilers.bound import ADDRESS_ALIGNMENT, Pointer
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.runtime.pipeline import Execution, Inputs, buffer_spec, gradient_names, saved_names
@@ -43,6 +43,7 @@ class Block:
 
     def place(self, table: list[Any], address: int) -> None:
         """Enters where its buffers lie."""
+        assert address % ADDRESS_ALIGNMENT == 0, "an allocator aligns what it hands out"
         for slot, offset in self.members:
             table[slot] = address + offset
 

@@ -1,6 +1,7 @@
 """Bound launches: the arguments a kernel gets are those of this launch, whatever was launched before and beside it."""
 
 import ctypes
+import struct
 import types
 
 import pytest
@@ -55,7 +56,7 @@ def test_a_block_belongs_to_one_launch_at_a_time():
 
 
 def test_an_argument_that_does_not_fit_is_refused():
-    with pytest.raises(Exception, match="int|format|range"):
+    with pytest.raises(struct.error):
         cubin.Arguments(PARAMETERS[:1]).pack((2**31,))
 
 
@@ -138,8 +139,9 @@ def test_an_address_is_specialised_as_a_tensor_is():
     def specialised(args):
         return specialise(Launch(sum_rows_kernel, (1,), args, 8, 1), GPUTarget("cuda", 90, 32))
 
-    tensors = {n: torch.empty(4, dtype=v.dtype, device="meta") if isinstance(v, Pointer) else v for n, v in ARGS.items()}
-    aligned = {n: bound._Address(v.dtype, 4096) if isinstance(v, Pointer) else v for n, v in ARGS.items()}
+    dtypes = {name: value.dtype for name, value in ARGS.items() if isinstance(value, Pointer)}
+    tensors = ARGS | {name: torch.empty(4, dtype=dtype, device="meta") for name, dtype in dtypes.items()}
+    aligned = ARGS | {name: bound._Address(dtype, 4096) for name, dtype in dtypes.items()}
     odd = {**aligned, "rows": bound._Address(torch.bfloat16, 4098)}
     assert specialised(aligned) == specialised(tensors) != specialised(odd)
 

@@ -361,6 +361,30 @@ def test_memory_lasts_no_longer_than_the_stages_need(name):
                 del alive[number]
 
 
+def test_blocks_are_freed_with_the_stages_they_end_with(monkeypatch):
+    problem, plan, inputs = case_of("gdn")
+    empty, blocks, alive = torch.empty, [], []
+
+    def allocate(*shape, **more):
+        made = empty(*shape, **more)
+        if made.dtype == torch.uint8:
+            blocks.append(weakref.ref(made))
+        return made
+
+    def bind(launch, index):
+        return tuple(launch.args), lambda values, stream: alive.append(sum(block() is not None for block in blocks))
+
+    made = record_forward(plan, problem, specs_of(inputs.present()), SCALE, False)
+    monkeypatch.setattr(torch, "empty", allocate)
+    results = Pass(made, [inputs.v.shape], bind).run(list(inputs.present().values()))
+    expected, count = [], 0
+    for step in made.steps:
+        count += len(step.blocks)
+        expected += [count] * len(step.launches)
+        count -= len(step.ends)
+    assert alive == expected and len(results.saved) == count
+
+
 def _is_scratch(block, step):
     """Whether a block is born and ends with one stage: a template's scratch, which `Execution` does not know of."""
     return any(block is own and number in step.ends for number, own in step.blocks)
