@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sse_tune.runtime.arguments import are_plain, flatten_tokens
 from sse_tune.runtime.pipeline import Execution, Inputs, buffer_spec, gradient_names, saved_names, state_shape
@@ -73,12 +72,16 @@ class _Function(torch.autograd.Function):
         return tuple(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        settings, names = ctx.settings, ctx.names.split(",")
-        tensors, saved = ctx.saved_tensors[: len(names)], ctx.saved_tensors[len(names) :]
+        settings, names, held = ctx.settings, ctx.names.split(","), ctx.saved_tensors
+        tensors, saved = list(held[: len(names)]), list(held[len(names) :])
         do, d_final_state = _result_gradients(grads, tensors[names.index("v")], settings.output_final_state)
-        found = _backward(tensors, ctx.names, saved, do, d_final_state, settings)
+        if torch.is_grad_enabled():  # create_graph: the operator refuses to be differentiated, and does not forget it
+            found = backward_op(
+                tensors, ctx.names, saved, do, d_final_state, settings.problem, settings.plan, settings.scale
+            )
+        else:
+            found = _backward(tensors, ctx.names, saved, do, d_final_state, settings)
         by_name = dict(zip(gradient_names(names), found))
         return None, None, *[by_name.get(name) for name in names]
 
@@ -212,7 +215,8 @@ def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
 
 def _op_backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     names = ctx.names.split(",")
-    tensors, saved = list(ctx.saved_tensors[: len(names)]), list(ctx.saved_tensors[len(names) :])
+    held = ctx.saved_tensors  # asked for once: checkpointing computes it each time
+    tensors, saved = list(held[: len(names)]), list(held[len(names) :])
     do, d_final_state = _result_gradients(grads, tensors[names.index("v")], ctx.has_final_state)
     found = backward_op(tensors, ctx.names, saved, do, d_final_state, ctx.problem, ctx.plan, ctx.scale)
     by_name = dict(zip(gradient_names(names), found))

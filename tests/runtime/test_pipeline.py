@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from sse_tune.problem import Problem
 from sse_tune.runtime import pipeline
@@ -159,5 +160,5 @@ def test_a_second_derivative_is_refused(fakes):
     case = make_case("gdn")
     case["v"].requires_grad_()
     (gradient,) = torch.autograd.grad(staged(**case)[0].sum(), case["v"], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
         gradient.sum().backward()
