@@ -53,6 +53,7 @@ def test_a_block_belongs_to_one_launch_at_a_time():
     arguments.take_back(first)
     again = arguments.pack(other)
     assert again is first and read(again) == other
+    assert arguments.pack(VALUES) is not again and read(again) == other
 
 
 def test_an_argument_that_does_not_fit_is_refused():

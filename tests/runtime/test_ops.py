@@ -129,7 +129,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_error(name):
     change, expected = BAD[name]
-    st.sse_attention(**make_case("gdn"), read_k=1)  # what passed once is remembered
+    st.sse_attention(**make_case("gdn"))  # what passed once is remembered
     case = make_case("gdn")
     change(case)
     with pytest.raises(ProblemError) as error:
