@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
+from collections.abc import Iterable
 
 import torch
 
 from sse_tune.errors import ProblemError
 from sse_tune.problem import Problem
 from sse_tune.runtime import checks
-from sse_tune.runtime.pipeline import Inputs
+from sse_tune.runtime.pipeline import WITHOUT_TOKENS, Inputs
 
 _MAX_SLOTS = 2**31 - 1  # rows are numbered in int32
 
@@ -58,16 +60,16 @@ class Arguments:
             found[name] = value
         return found
 
-    def needs_grad(self) -> bool:
-        return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in self.tensors().values())
-
     def scale_value(self) -> float:
         if self.scale is None:
             return float(self.q.shape[-1]) ** -0.5
         return float(self.scale)
 
 
-def check(arguments: Arguments) -> tuple[tuple[str, int | str | bool | None], ...]:
+Fields = tuple[tuple[str, int | str | bool | None], ...]
+
+
+def check(arguments: Arguments) -> Fields:
     """The fields of the problem these arguments pose, for `pose`: plain values, which torch.compile can carry.
 
     What the tensors hold is looked at on the CPU only, where looking costs no synchronisation: `g <= 0`, and that
@@ -77,6 +79,48 @@ def check(arguments: Arguments) -> tuple[tuple[str, int | str | bool | None], ..
         ProblemError: a shape, dtype, device or bound does not hold.
     """
     tensors = arguments.tensors()
+    trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
+    if not torch.compiler.is_compiling() and are_plain(tensors.values()):
+        fields = _check_once(arguments, tensors, trains)
+    else:
+        fields = _check(arguments, tensors, trains)
+    if tensors["q"].device.type == "cpu":
+        if "cu_seqlens" in tensors:
+            checks.check_offsets(tensors["cu_seqlens"], operator.index(tensors["q"].shape[1]))
+        checks.check_gates(tensors)
+    return fields
+
+
+def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
+    """Whether all are tensors or parameters themselves, not of a subclass, which may do as it likes."""
+    return all(type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+
+
+_passed: dict[tuple[object, ...], Fields] = {}  # what `_check` answered; what it refused it sees again
+_MAX_PASSED = 4096
+_NUMBERS = (int, float, type(None))
+
+
+def _check_once(arguments: Arguments, tensors: dict[str, torch.Tensor], trains: bool) -> Fields:
+    """`_check`, whose answer follows from what the key holds. Types are in it since 1 == True == 1.0."""
+    numbers = (arguments.top_k, arguments.read_k, arguments.scale)
+    types = tuple([type(number) for number in numbers])
+    key = (
+        tuple([(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()]),
+        numbers, types, bool(arguments.qk_l2norm), bool(arguments.gate_before_norm), trains,
+    )
+    fields = _passed.get(key)
+    if fields is None:
+        fields = _check(arguments, tensors, trains)
+        if all(kind in _NUMBERS for kind in types):  # others may change, or hold memory
+            if len(_passed) >= _MAX_PASSED:
+                _passed.clear()
+            _passed[key] = fields
+    return fields
+
+
+def _check(arguments: Arguments, tensors: dict[str, torch.Tensor], trains: bool) -> Fields:
+    """All that does not depend on what the tensors hold."""
     checks.check_devices(tensors)
     batch, seq_len, num_heads, head_dim = checks.extents("q", tensors["q"], "[B, T, H, K]", 4)
     head_dim_v = checks.extents("v", tensors["v"], "[B, T, H, V]", 4)[3]
@@ -95,12 +139,12 @@ def check(arguments: Arguments) -> tuple[tuple[str, int | str | bool | None], ..
     checks.check_shapes(tensors, (batch, seq_len), num_heads, head_dim, head_dim_v, num_partitions)
     checks.check_dtypes(tensors)
     checks.check_numbers(
-        num_partitions, arguments.top_k, arguments.scale, arguments.qk_l2norm, arguments.gate_before_norm
+        num_partitions, arguments.top_k, arguments.read_k, arguments.scale, arguments.qk_l2norm,
+        arguments.gate_before_norm,
     )
     num_sequences = checks.check_cu_seqlens(tensors["cu_seqlens"], batch, seq_len) if "cu_seqlens" in tensors else None
     states = (num_sequences or batch, int(has_shared) + num_partitions, num_heads, head_dim, head_dim_v)
     checks.check_initial_state(tensors, states)
-    checks.check_gates(tensors)
     return (
         ("rule", "gdn" if "beta" in tensors else "gla"),
         ("seq_len", seq_len),
@@ -115,12 +159,12 @@ def check(arguments: Arguments) -> tuple[tuple[str, int | str | bool | None], ..
         ("norm", "none" if not arguments.qk_l2norm else ("before" if arguments.gate_before_norm else "after")),
         ("dtype", checks.DTYPE_NAMES[tensors["q"].dtype]),
         ("num_sequences", num_sequences),
-        ("direction", "fwd+bwd" if arguments.needs_grad() else "fwd"),
+        ("direction", "fwd+bwd" if trains else "fwd"),
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def pose(fields: tuple[tuple[str, int | str | bool | None], ...]) -> Problem:
+def pose(fields: Fields) -> Problem:
     """The problem of checked fields.
 
     Raises:
@@ -136,27 +180,25 @@ def pose(fields: tuple[tuple[str, int | str | bool | None], ...]) -> Problem:
     return problem
 
 
+def offsets(arguments: Arguments) -> torch.Tensor:
+    """First token of each sequence of checked arguments and the number of tokens, int32, contiguous."""
+    q, cu_seqlens = arguments.q, arguments.cu_seqlens
+    if cu_seqlens is not None:
+        return cu_seqlens.to(torch.int32).contiguous()
+    batch, seq_len = q.shape[0], q.shape[1]
+    # made on the device: a copy from a Python list would wait for it
+    return torch.arange(0, (batch + 1) * seq_len, seq_len, dtype=torch.int32, device=q.device)
+
+
 def flatten(arguments: Arguments) -> Inputs:
     """The contiguous token streams of checked arguments; copies what is not contiguous."""
-    q, cu_seqlens = arguments.q, arguments.cu_seqlens
-    batch, seq_len = q.shape[0], q.shape[1]
+    tensors = {name: tensor for name, tensor in arguments.tensors().items() if name != "cu_seqlens"}
+    streams = {name: flatten_tokens(name, tensor).contiguous() for name, tensor in tensors.items()}
+    return Inputs(**streams, cu_seqlens=offsets(arguments))
 
-    def tokens(tensor: torch.Tensor | None) -> torch.Tensor | None:
-        return None if tensor is None else tensor.reshape(batch * seq_len, *tensor.shape[2:]).contiguous()
 
-    def stream(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.reshape(batch * seq_len, *tensor.shape[2:]).contiguous()
-
-    if cu_seqlens is None:
-        # made on the device: a copy from a Python list would wait for it
-        offsets = torch.arange(0, (batch + 1) * seq_len, seq_len, dtype=torch.int32, device=q.device)
-    else:
-        offsets = cu_seqlens.to(torch.int32).contiguous()
-    state = arguments.initial_state
-    return Inputs(
-        q=stream(q), k=stream(arguments.k), v=stream(arguments.v), g=stream(arguments.g), cu_seqlens=offsets,
-        beta=tokens(arguments.beta), shared_q=tokens(arguments.shared_q), shared_k=tokens(arguments.shared_k),
-        shared_g=tokens(arguments.shared_g), shared_beta=tokens(arguments.shared_beta),
-        router_logits=tokens(arguments.router_logits),
-        initial_state=None if state is None else state.contiguous(),
-    )
+def flatten_tokens(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of the operation by its name, `[B, T, ...]` as `[R, ...]`; states have no tokens."""
+    if name in WITHOUT_TOKENS:
+        return tensor
+    return tensor.reshape(tensor.shape[0] * tensor.shape[1], *tensor.shape[2:])

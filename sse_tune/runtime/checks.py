@@ -109,7 +109,8 @@ def check_dtypes(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def check_numbers(
-    num_partitions: int, top_k: int | None, scale: float | None, qk_l2norm: bool, gate_before_norm: bool
+    num_partitions: int, top_k: int | None, read_k: int | None, scale: float | None, qk_l2norm: bool,
+    gate_before_norm: bool,
 ) -> None:
     if num_partitions and top_k is None:
         raise ProblemError(
@@ -119,6 +120,13 @@ def check_numbers(
         raise ProblemError(
             "1 <= top_k <= N must hold", f"top_k=0, N={num_partitions}", "pass router_logits=None for none"
         )
+    for name, value in (("top_k", top_k), ("read_k", read_k)):
+        # here and not with the problem's own checks: problems are looked up by their fields, and 1 == True == 1.0
+        if num_partitions and value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+            raise ProblemError(
+                f"1 <= {name} <= N must hold for an integer", f"{name}={value!r}, N={num_partitions}",
+                f"pass int({name})",
+            )
     if gate_before_norm and not qk_l2norm:
         raise ProblemError(
             "`gate_before_norm` says where the gate stands to the norm", "gate_before_norm=True, qk_l2norm=False",
@@ -140,6 +148,10 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, seq_len: int) -> int:
         raise ProblemError(
             "packed sequences need B = 1", f"B={batch} with cu_seqlens", "concatenate the sequences along T"
         )
+    return operator.index(cu_seqlens.shape[0]) - 1
+
+
+def check_offsets(cu_seqlens: torch.Tensor, seq_len: int) -> None:
     if _readable(cu_seqlens):
         offsets = cu_seqlens.tolist()
         if offsets[0] != 0 or offsets[-1] != seq_len:
@@ -153,7 +165,6 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, seq_len: int) -> int:
                     "`cu_seqlens` must never decrease", f"{start} then {stop} at sequence {index}",
                     "pass cumulative lengths, not lengths",
                 )
-    return operator.index(cu_seqlens.shape[0]) - 1
 
 
 def check_initial_state(tensors: dict[str, torch.Tensor], shape: tuple[int, ...]) -> None:

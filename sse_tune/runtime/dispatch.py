@@ -22,6 +22,8 @@ from sse_tune.device import Device, toolchain
 from sse_tune.errors import ConstraintError, DeviceError, PlanError, ProblemError
 from sse_tune.plan import Plan
 from sse_tune.problem import Bucket, Problem
+from sse_tune.runtime.arguments import Fields, pose
+from sse_tune.runtime.settings import write_problem
 from sse_tune.templates.outer import forward_part
 from sse_tune.templates.registry import default_plan, validate_plan
 from sse_tune.templates.stages import stage_names
@@ -73,8 +75,21 @@ def decide(
     return _decide(problem, device, None if database is None else str(database))
 
 
+@functools.lru_cache(maxsize=4096)
+def resolve(fields: Fields, device: str) -> tuple[str, str, str]:
+    """Graph, problem and plan, the last two as JSON, of checked fields on a device of torch by name and index.
+
+    Raises:
+        ProblemError: a size is beyond what a problem may have; otherwise as `decide`.
+    """
+    problem = pose(fields)
+    decision = decide(problem, Device.detect(device))
+    return decision.plan.graph, write_problem(problem), decision.plan_json
+
+
 def clear_cache() -> None:
     """Forget what was read: the next decision looks into the databases again."""
+    resolve.cache_clear()
     _decide.cache_clear()
     _known_answers.cache_clear()
 

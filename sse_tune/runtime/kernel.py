@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 
 import torch
@@ -17,7 +18,7 @@ from sse_tune.problem import Problem
 from sse_tune.runtime.arguments import Arguments, check, pose
 from sse_tune.runtime.call import call
 from sse_tune.runtime.dispatch import Decision, decide, device_of, narrow
-from sse_tune.runtime.settings import write_problem
+from sse_tune.runtime.settings import read_plan, write_problem
 from sse_tune.templates.registry import find_template, is_compiled, validate_plan
 
 # what a kernel's plan was chosen for: a call may differ from it in everything else
@@ -96,11 +97,7 @@ class Kernel:
         )  # fmt: skip
         problem = pose(check(arguments))
         self._check_kind(problem, q.device)
-        plan = narrow(self.plan, problem)
-        if problem.seq_len != self.problem.seq_len or problem.batch != self.problem.batch:
-            validate_plan(plan, problem, self.device)
-        plan_json = self.decision.plan_json if plan is self.plan else plan.to_json()
-        return call(arguments, plan.graph, write_problem(problem), plan_json)
+        return call(arguments, *_fitted(self.decision.plan_json, problem, self.problem, self.device))
 
     def _check_kind(self, problem: Problem, device: torch.device) -> None:
         differing = [name for name in _FIXED if getattr(problem, name) != getattr(self.problem, name)]
@@ -121,6 +118,17 @@ class Kernel:
                 "a kernel runs on the device it was loaded for", f"q on {device}, kernel for {self.device.name}",
                 "load_best(problem, device=q.device)",
             )
+
+
+@functools.lru_cache(maxsize=1024)
+def _fitted(plan: str, problem: Problem, decided_for: Problem, device: Device) -> tuple[str, str, str]:
+    """Graph, problem and plan, the last two as JSON, of a call of a kernel whose plan is given as JSON.
+
+    Raises ConstraintError when the plan cannot run a call of this length."""
+    narrowed = narrow(read_plan(plan), problem)
+    if problem.seq_len != decided_for.seq_len or problem.batch != decided_for.batch:
+        validate_plan(narrowed, problem, device)
+    return narrowed.graph, write_problem(problem), narrowed.to_json()
 
 
 def load_best(

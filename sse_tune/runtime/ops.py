@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sse_tune.device import Device
 from sse_tune.errors import ProblemError
 from sse_tune.reference.routing import largest, router_weights
-from sse_tune.runtime.arguments import Arguments, check, pose
+from sse_tune.runtime.arguments import Arguments, Fields, check
 from sse_tune.runtime.call import call
-from sse_tune.runtime.dispatch import decide
-from sse_tune.runtime.settings import write_problem
+from sse_tune.runtime.dispatch import resolve
 
 
 def sse_attention(
@@ -77,11 +75,9 @@ def sse_attention(
 
 
 @torch.compiler.assume_constant_result
-def _resolve(fields: tuple[tuple[str, int | str | bool | None], ...], device: str) -> tuple[str, str, str]:
+def _resolve(fields: Fields, device: str) -> tuple[str, str, str]:
     """Graph, problem and plan as strings: what torch.compile keeps as constants of the sizes it compiles for."""
-    problem = pose(fields)
-    decision = decide(problem, Device.detect(device))
-    return decision.plan.graph, write_problem(problem), decision.plan_json
+    return resolve(fields, device)
 
 
 def load_balance_loss(router_logits: Tensor, top_k: int) -> Tensor:

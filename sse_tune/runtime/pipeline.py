@@ -25,6 +25,7 @@ DTYPES = {
     "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64, "int32": torch.int32
 }  # fmt: skip
 STREAM = ("q", "k", "g", "beta")  # what the always-on partition has of its own
+WITHOUT_TOKENS = ("cu_seqlens", "initial_state", "d_final_state")  # of what a call brings; the rest is by token
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -107,6 +107,8 @@ BAD = {
     "top_k > N": (_set(top_k=9), "1 <= top_k <= N must hold, but got top_k=9, N=3"),
     "top_k = 0": (_set(top_k=0), "1 <= top_k <= N must hold"),
     "top_k missing": (_without("top_k"), "`top_k` says how many partitions"),
+    "top_k of another type": (_set(top_k=2.0), "1 <= top_k <= N must hold for an integer, but got top_k=2.0"),
+    "read_k of another type": (_set(read_k=True), "1 <= read_k <= N must hold for an integer"),
     "read_k > N": (_set(read_k=4), "1 <= read_k <= N must hold"),
     "positive gate": (_map("g", torch.neg), "`g` is a log-gate in natural log: at most 0"),
     "positive shared gate": (_map("shared_g", torch.neg), "`shared_g` is a log-gate"),
@@ -127,6 +129,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_clear_error(name):
     change, expected = BAD[name]
+    st.sse_attention(**make_case("gdn"))  # what passed once is remembered
     case = make_case("gdn")
     change(case)
     with pytest.raises(ProblemError) as error:

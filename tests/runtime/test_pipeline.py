@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from sse_tune.problem import Problem
 from sse_tune.runtime import pipeline
@@ -144,3 +145,20 @@ def test_whole_graph_is_an_execution_too(poisoned_empty):
     expected = exact(case)
     assert_close({"d_" + n: g.reshape(expected["d_" + n].shape) for n, g in gradients.items()},
                  {n: g for n, g in expected.items() if n.startswith("d_")})  # fmt: skip
+
+
+def test_checkpointing_computes_the_forward_pass_again(fakes):
+    case = make_case("gdn", state=True)
+
+    def checkpointed(**given):
+        return torch.utils.checkpoint.checkpoint(lambda: staged(**given), use_reentrant=False)
+
+    assert_close(with_gradients(checkpointed, case), exact(case))
+
+
+def test_a_second_derivative_is_refused(fakes):
+    case = make_case("gdn")
+    case["v"].requires_grad_()
+    (gradient,) = torch.autograd.grad(staged(**case)[0].sum(), case["v"], create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        gradient.sum().backward()
