@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.buffers import Sizes
 
@@ -43,11 +42,6 @@ STAGED_OUTER = Space(
                    lambda p, c, d: c["split"] == 0 or p.key_dim <= 128),
     ),
 )
-
-
-def scan_keeps_states(problem: Problem, outer: Config) -> bool:
-    """Whether GDN's walk with the output writes h and w, which the backward pass then has without a walk of its own."""
-    return problem.rule == "gdn" and problem.trains and outer["states"] == "store"
 
 
 def forward_part(rule: str, outer: Config) -> Config:

@@ -12,7 +12,7 @@ from sse_tune.errors import PlanError
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Space
 from sse_tune.templates.buffers import BUFFERS, Sizes
-from sse_tune.templates.outer import STAGED_OUTER, scan_keeps_states
+from sse_tune.templates.outer import STAGED_OUTER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +173,11 @@ def _gla_recomputed(problem: Problem) -> tuple[Stage, ...]:
         _gla_gradients(problem),
         _combine_gradients(problem),
     )
+
+
+def scan_keeps_states(problem: Problem, outer: Config) -> bool:
+    """Whether GDN's walk with the output writes h and w, which the backward pass then has without a walk of its own."""
+    return problem.rule == "gdn" and problem.trains and outer["states"] == "store"
 
 
 def _gdn_stages(problem: Problem, split: int, scan_keeps: bool) -> tuple[Stage, ...]:

@@ -15,8 +15,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sse_tune.space import Constraint, Param, Space
-from sse_tune.templates.outer import scan_keeps_states
 from sse_tune.templates.registry import Call, Template
+from sse_tune.templates.stages import scan_keeps_states
 from sse_tune.templates.tilelang import common
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 
 from sse_tune.space import Param, Space
-from sse_tune.templates.outer import scan_keeps_states
 from sse_tune.templates.registry import Call, Template
+from sse_tune.templates.stages import scan_keeps_states
 from sse_tune.templates.triton import common, gdn_groups
 from sse_tune.templates.triton.common import (
     chunk_slots,
