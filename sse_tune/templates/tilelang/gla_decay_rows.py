@@ -15,6 +15,7 @@ the rows are read anew. Either path serves a whole chunk, decided by its gates b
 fp16 has not got the range of near factors: they are tf32 there, rounded, those of k in the place of the gates.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -346,11 +347,10 @@ def factory(
                 T.sync_threads()
                 sum_half(b_g, b_ends, gates, total, far, half, tx)
                 T.ptx_wait_group(0)
-                T.sync_threads()
-
                 k_square = 0.0
                 q_square = 0.0
                 if NORM != "none":
+                    T.sync_threads()
                     for n in T.serial(K // (PARTS * common.VECTOR)):
                         o_d = (n * PARTS + tx % PARTS) * common.VECTOR
                         for e in T.vectorized(common.VECTOR):
@@ -457,9 +457,9 @@ def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
     blocks = call.sizes.chunks * problem.num_heads
     arguments = {**common.streams(tensors, "q", "k", "g"), **common.row_arguments(call, tensors, *names)}
     arguments |= dict(scale=call.scale, n_blocks=blocks, N=call.sizes.chunks)
-    call.launch(
-        common.program(__name__, "factory", values), (blocks,), arguments, num_warps=num_warps, num_stages=1
-    )
+    # TileLang 0.1.15 would have the two halves of the threads wait for each other within `near_rows`, for ever
+    kernel = dataclasses.replace(common.program(__name__, "factory", values), own_barriers=True)
+    call.launch(kernel, (blocks,), arguments, num_warps=num_warps, num_stages=1)
 
 
 TEMPLATE = Template("tilelang", "gla_decay_rows", "decay_rows", ("gla",), SPACE, run, (__name__, common.MODULE))
