@@ -206,22 +206,25 @@ def factory(
                             qe[e] = T.Cast("float32", q_rows[r * COLUMNS + e]) * exp2(-x[e])
                             ke[e] = T.Cast("float32", k_rows[r * COLUMNS + e]) * exp2(x[e])
                             x[e] += gates[r * COLUMNS + e] * LOG2E
-                    if WIDE:
-                        for e in T.vectorized(COLUMNS):
-                            w_q[begin + r, column + e] = tf32(qe[e])
-                        for e in T.vectorized(COLUMNS):
-                            b_g[begin + r, column + e] = tf32(ke[e])
-                    else:
-                        for e in T.vectorized(COLUMNS):
-                            b_q[0, begin + r, column + e] = T.Cast(DTYPE, qe[e])
-                        for e in T.vectorized(COLUMNS):
-                            b_k[0, begin + r, column + e] = T.Cast(DTYPE, ke[e])
                     for e in T.unroll(COLUMNS):
                         pair[e] = T.Cast(DTYPE, qe[e] * (up[e] * c_rows[r]))
                     store_pair(qg, pair, i_h, first, begin + r, n_rows, column)
                     for e in T.unroll(COLUMNS):
                         pair[e] = T.Cast(DTYPE, ke[e] * (down[e] * a_rows[r]))
                     store_pair(kg, pair, i_h, first, begin + r, n_rows, column)
+                    if WIDE:
+                        for e in T.unroll(COLUMNS):
+                            qe[e] = tf32(qe[e])
+                            ke[e] = tf32(ke[e])
+                        for e in T.vectorized(COLUMNS):
+                            w_q[begin + r, column + e] = qe[e]
+                        for e in T.vectorized(COLUMNS):
+                            b_g[begin + r, column + e] = ke[e]
+                    else:
+                        for e in T.vectorized(COLUMNS):
+                            b_q[0, begin + r, column + e] = T.Cast(DTYPE, qe[e])
+                        for e in T.vectorized(COLUMNS):
+                            b_k[0, begin + r, column + e] = T.Cast(DTYPE, ke[e])
 
     @T.macro
     def far_rows(half, b_q, b_k, b_g, b_a, b_c, b_ends, qg, kg, x, up, down, pair, i_h, first, n_rows, tx):
@@ -307,6 +310,8 @@ def factory(
             b_k = T.alloc_shared((1, C, K), DTYPE)
             b_g = T.alloc_shared((C, K), "float32")
             w_q = T.alloc_shared((C, K) if WIDE else (1, 1), "float32")
+            tf32_q = T.view(w_q, dtype=T.tfloat32)
+            tf32_k = T.view(b_g, dtype=T.tfloat32)
             b_P = T.alloc_shared((C, C), DTYPE)
             b_ends = T.alloc_shared((2, K), "float32", scope="shared")  # e^(sum over the first half, over the second)
             b_a = T.alloc_shared((C,), "float32", scope="shared")
@@ -405,7 +410,7 @@ def factory(
                     io.fence()
                     T.sync_threads()
                     if WIDE:
-                        mma.start(w_q, b_g, b_scores, transpose_B=True, clear_accum=True, policy=by_rows)
+                        mma.start(tf32_q, tf32_k, b_scores, transpose_B=True, clear_accum=True, policy=by_rows)
                     else:
                         mma.start(
                             b_q[0, :, :], b_k[0, :, :], b_scores, transpose_B=True, clear_accum=True, policy=by_rows
