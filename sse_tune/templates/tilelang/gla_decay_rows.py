@@ -28,14 +28,20 @@ if TYPE_CHECKING:
     import torch
 
 NEAR_NATS = 40.0  # e^80, the largest product, times any operands is a finite fp32
-EXP2 = """
+BATCH = 8  # rows that a thread reads before it writes one
+# e^x as its unit gives it, 0 for what is no normal number; and what a tensor core takes, which cuts off what is left
+NUMBERS = """
 __device__ __forceinline__ float exp2_or_zero(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+__device__ __forceinline__ float round_to_tf32(float x) {
+  unsigned y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return __uint_as_float(y);
+}
 """
-BATCH = 8  # rows that a thread reads before it writes one
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
@@ -46,9 +52,8 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 
 
 def columns_at_once(problem: Problem, num_warps: int) -> int:
-    """Columns of a thread: neighbours that one access takes; 0: K cannot be shared out so."""
-    pairs = 16 * num_warps  # threads of one half of the rows
-    return next((width for width in (2, 1) if problem.key_dim % (width * pairs) == 0), 0)
+    """Neighbouring columns that a thread takes at a time; half of the threads go through all columns."""
+    return 2 if problem.key_dim % (2 * 16 * num_warps) == 0 else 1
 
 
 SPACE = Space(
@@ -58,7 +63,7 @@ SPACE = Space(
     ),
     constraints=(
         *common.OPERANDS,
-        # half of the threads take neighbouring columns of one half of the rows, one or two each at a time
+        # half of the threads share out the columns of one half of the rows
         Constraint("K must be a multiple of 16 * num_warps",
                    lambda p, c, d: p.head_dim % (16 * c["num_warps"]) == 0),
         # the scores, and those of one level of halves beside them
@@ -102,7 +107,6 @@ def factory(
         return weight * T.rsqrt(weight * weight * square + EPS)
 
     def exp2(exponent):
-        """Of the multi-function unit as it is: what would be no normal number is 0."""
         return T.call_pure_extern("float32", "exp2_or_zero", exponent)
 
     def bounded(gate):
@@ -110,8 +114,7 @@ def factory(
         return T.max(gate, -128.0)
 
     def tf32(number):
-        """Rounded: the tensor cores cut the last 13 bits off."""
-        return T.reinterpret("float32", T.reinterpret("int32", number) + 0x1000)
+        return T.call_pure_extern("float32", "round_to_tf32", number)
 
     def batch_begin(is_second, n):
         return HALF + n * BATCH if is_second else (HALF - BATCH) - n * BATCH
@@ -142,6 +145,16 @@ def factory(
                         b_g[row, o_d + e] = T.if_then_else(
                             (row < n_rows) and (lane < WRITERS), T.Cast("float32", source[token, i_h, o_d + e]), 0.0
                         )
+
+    @T.macro
+    def gather_rows(q, k, shared_q, shared_k, b_q, b_k, slots, is_shared, i_h, tx):
+        if is_shared:
+            io.gather(shared_q, b_q, 0, slots, i_h, 0, tx, C, K)
+            io.gather(shared_k, b_k, 0, slots, i_h, 0, tx, C, K)
+        else:
+            io.gather(q, b_q, 0, slots, i_h, 0, tx, C, K)
+            io.gather(k, b_k, 0, slots, i_h, 0, tx, C, K)
+        T.ptx_commit_group()
 
     @T.macro
     def sum_half(b_g, b_ends, gates, total, far, half, tx):
@@ -301,7 +314,7 @@ def factory(
     ):
         with T.Kernel(n_blocks, threads=THREADS) as block:
             T.annotate_min_blocks_per_sm(BLOCKS)
-            T.import_source(EXP2)
+            T.import_source(NUMBERS)
             tx = T.get_thread_binding()
             i_h = block % H
             i_c = block // H
@@ -346,16 +359,10 @@ def factory(
                 io.load_slots(perm, slots, first, n_rows, tx, C, K)
                 if i_seg < n_shared:
                     gather_gates(shared_g, SHARED_G_DTYPE, b_g, slots, i_h, n_rows, tx)
-                    T.ptx_commit_group()
-                    io.gather(shared_q, b_q, 0, slots, i_h, 0, tx, C, K)
-                    io.gather(shared_k, b_k, 0, slots, i_h, 0, tx, C, K)
-                    T.ptx_commit_group()
                 else:
                     gather_gates(g, G_DTYPE, b_g, slots, i_h, n_rows, tx)
-                    T.ptx_commit_group()
-                    io.gather(q, b_q, 0, slots, i_h, 0, tx, C, K)
-                    io.gather(k, b_k, 0, slots, i_h, 0, tx, C, K)
-                    T.ptx_commit_group()
+                T.ptx_commit_group()
+                gather_rows(q, k, shared_q, shared_k, b_q, b_k, slots, i_seg < n_shared, i_h, tx)
                 row = tx // PARTS
                 slot = perm[T.Cast("int64", first + T.min(row, n_rows - 1))]
                 lane = slot - T.truncdiv(slot, L) * L
@@ -425,13 +432,7 @@ def factory(
                         level = LEVELS - step  # at first that of no halves: the pairs i = j
                         if step > 0:
                             T.sync_threads()
-                            if i_seg < n_shared:
-                                io.gather(shared_q, b_q, 0, slots, i_h, 0, tx, C, K)
-                                io.gather(shared_k, b_k, 0, slots, i_h, 0, tx, C, K)
-                            else:
-                                io.gather(q, b_q, 0, slots, i_h, 0, tx, C, K)
-                                io.gather(k, b_k, 0, slots, i_h, 0, tx, C, K)
-                            T.ptx_commit_group()
+                            gather_rows(q, k, shared_q, shared_k, b_q, b_k, slots, i_seg < n_shared, i_h, tx)
                             T.ptx_wait_group(0)
                             T.sync_threads()
                             decay_halves(half, level, b_q, b_k, b_g, x, tx)
@@ -442,7 +443,7 @@ def factory(
                         mma.settle(b_level, C, C)
                         for i, j in T.Parallel(C, C):
                             b_scores[i, j] += T.if_then_else(
-                                ((i >> level) ^ (j >> level)) + T.Cast("int32", step == 0) * (T.Cast("int32", i == j)) == 1,
+                                T.if_then_else(step == 0, i - j, ((i >> level) ^ (j >> level)) - 1) == 0,
                                 b_level[i, j],
                                 0.0,
                             )
