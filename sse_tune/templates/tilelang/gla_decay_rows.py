@@ -3,16 +3,16 @@
     P_ij = c_i a_j Σ_d q_id k_jd e^(b_id - b_jd),  j <= i        qg = c q e^b        kg = a k e^(b_C - b)
 
 with b the in-chunk sum of log-gates; a chunk leaves `decay`, e^(b_C), of the state before it. One block per chunk and
-head. A thread owns a few columns of one half of the rows: it sums gates from the middle of the chunk outwards and
-replaces its elements of q and k in shared memory by those that the product takes, so nothing of it is shared until then.
+head. A thread owns a few columns of one half of the rows: it sums their gates from the middle of the chunk outwards and
+puts what the product takes in the place of its q and k. Nothing of it is another thread's until the product.
 
 With r, b at the last row of the first half, e^(b_i - b_j) = e^(b_i - r) e^(r - b_j). A chunk whose exponents are all
 within 40 nats is near: the largest product of two factors is e^80, and one product of matrices gives P. Any other is
-taken by halves: for blocks of 2S rows only the pairs (second half, first half), each half from the middle of its block,
-so both exponents are at most 0; S = C/2, ..., 1 cover every pair i > j once, and pairs i = j have no decay. For each S
-the rows are read anew. Either path serves a whole chunk, decided by its gates before anything is overwritten.
+taken by halves: of blocks of 2S rows only the pairs (second half, first half), both exponents from the middle of the
+block and at most 0; S = C/2, ..., 1 cover every pair i > j once, and pairs i = j have no decay. Each S reads the rows
+anew. A chunk is all near or all far, which its sums tell before anything is overwritten.
 
-fp16 has not got the range of near factors: they are tf32 there, rounded, those of k in the place of the gates.
+fp16 has not got the range of near factors: there they are rounded to tf32, those of k in the place of the gates.
 """
 
 import dataclasses
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
     import torch
 
 NEAR_NATS = 40.0  # e^80, the largest product, times any operands is a finite fp32
-BATCH = 8  # rows that a thread reads before it writes one
-# e^x as its unit gives it, 0 for what is no normal number; and what a tensor core takes, which cuts off what is left
+# 2^x as its unit gives it, 0 for what is no normal number; and fp32 as tensor cores take it, who cut off what is left
 NUMBERS = """
 __device__ __forceinline__ float exp2_or_zero(float x) {
   float y;
@@ -58,6 +57,7 @@ def columns_at_once(problem: Problem, num_warps: int) -> int:
 
 SPACE = Space(
     params=(
+        Param("rows_at_once", (4, 8, 16), 8, "rows that a thread reads before it writes the first of them"),
         Param("num_warps", (4, 8), 4, "warps per block, four to a warpgroup"),
         Param("blocks_per_sm", (1, 2, 3), 3, "blocks that registers are kept for"),
     ),
@@ -76,15 +76,14 @@ SPACE = Space(
 
 
 def factory(
-    H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BLOCKS: int, COLUMNS: int, WRITERS: int,
-    READERS: int, NORM: str, G_DTYPE: str, SHARED_G_DTYPE: str, CAPABILITY: int,
+    H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BLOCKS: int, BATCH: int, COLUMNS: int,
+    WRITERS: int, READERS: int, NORM: str, G_DTYPE: str, SHARED_G_DTYPE: str, CAPABILITY: int,
 ) -> Any:  # fmt: skip
     import tilelang.language as T
     from tilelang.layout import make_swizzled_layout
 
     io = common.copies(T, THREADS, L, CAPABILITY)
     mma = common.products(T, THREADS, CAPABILITY)
-    by_rows = T.GemmWarpPolicy.FullRow
     R, M, N = (T.dynamic(name, "int64") for name in ("R", "M", "N"))
     EPS = 1e-6
     LOG2E = 1.4426950408889634
@@ -291,6 +290,15 @@ def factory(
                         )
                         x[e] += bounded(b_g[down_row, column + e]) * LOG2E
 
+    @T.macro
+    def multiply(left, right, product):
+        """left · rightᵀ, once all threads have written their part of the two."""
+        io.fence()
+        T.sync_threads()
+        mma.start(left, right, product, transpose_B=True, clear_accum=True, policy=T.GemmWarpPolicy.FullRow)
+        mma.finish(0)
+        mma.settle(product, C, C)
+
     @T.prim_func
     def gla_decay_rows(
         q: T.Tensor((R, H, K), DTYPE),
@@ -414,16 +422,10 @@ def factory(
                             True, b_q, b_k, b_g, w_q, b_a, b_c, b_ends, qg, kg, x, up, down, qe, ke, pair, gates,
                             q_rows, k_rows, a_rows, c_rows, i_h, first, n_rows, tx,
                         )
-                    io.fence()
-                    T.sync_threads()
                     if WIDE:
-                        mma.start(tf32_q, tf32_k, b_scores, transpose_B=True, clear_accum=True, policy=by_rows)
+                        multiply(tf32_q, tf32_k, b_scores)
                     else:
-                        mma.start(
-                            b_q[0, :, :], b_k[0, :, :], b_scores, transpose_B=True, clear_accum=True, policy=by_rows
-                        )
-                    mma.finish(0)
-                    mma.settle(b_scores, C, C)
+                        multiply(b_q[0, :, :], b_k[0, :, :], b_scores)
                 else:
                     far_rows(half, b_q, b_k, b_g, b_a, b_c, b_ends, qg, kg, x, up, down, pair, i_h, first, n_rows, tx)
                     for i, j in T.Parallel(C, C):
@@ -436,11 +438,7 @@ def factory(
                             T.ptx_wait_group(0)
                             T.sync_threads()
                             decay_halves(half, level, b_q, b_k, b_g, x, tx)
-                        io.fence()
-                        T.sync_threads()
-                        mma.start(b_q[0, :, :], b_k[0, :, :], b_level, transpose_B=True, clear_accum=True, policy=by_rows)
-                        mma.finish(0)
-                        mma.settle(b_level, C, C)
+                        multiply(b_q[0, :, :], b_k[0, :, :], b_level)
                         for i, j in T.Parallel(C, C):
                             b_scores[i, j] += T.if_then_else(
                                 T.if_then_else(step == 0, i - j, ((i >> level) ^ (j >> level)) - 1) == 0,
@@ -467,7 +465,8 @@ def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
         f"{name}_dtype".upper(): str(tensors[name].dtype).removeprefix("torch.") for name in ("g", "shared_g")
     }
     values = common.constants(
-        call, BLOCKS=int(call.config["blocks_per_sm"]), COLUMNS=columns_at_once(problem, num_warps),
+        call, BLOCKS=int(call.config["blocks_per_sm"]), BATCH=int(call.config["rows_at_once"]),
+        COLUMNS=columns_at_once(problem, num_warps),
         WRITERS=int(problem.shared) + problem.top_k, READERS=int(problem.shared) + problem.readers, NORM=problem.norm,
         **dtypes,
     )  # fmt: skip
