@@ -34,6 +34,7 @@ _PASSES = {
     "tl.disable_warp_specialized": True,
     "tl.disable_safe_memory_legalize": True,  # the kernels mask by rows; no other index can be out of range
 }
+_OWN_BARRIERS = {"tl.disable_thread_storage_sync": True}
 _FLAGS = ("-O3", "-std=c++20", "-w", "-Xptxas", "-v")
 
 
@@ -133,9 +134,13 @@ def build(program: Program, arch: str) -> Built:
 def cache_key(program: Program, arch: str) -> str:
     parts = [
         program.module, program.factory, source_hash(program.sources), list(program.constants), arch, _versions(),
-        sorted(_PASSES.items()), _FLAGS,
+        sorted(_passes(program).items()), _FLAGS,
     ]  # fmt: skip
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def _passes(program: Program) -> dict[str, bool]:
+    return _PASSES | (_OWN_BARRIERS if program.own_barriers else {})
 
 
 def _store(folder: pathlib.Path, built: Built) -> None:
@@ -175,7 +180,7 @@ def _generate(program: Program, arch: str) -> tuple[str, str, tuple[Parameter, .
     target = tvm.target.Target({"kind": "cuda", "arch": arch})
     capability = int(arch.removeprefix("sm_").removesuffix("a"))
     factory = getattr(importlib.import_module(program.module), program.factory)
-    with tvm.transform.PassContext(opt_level=3, config=dict(_PASSES)), target:
+    with tvm.transform.PassContext(opt_level=3, config=_passes(program)), target:
         lowered = lower(factory(**dict(program.constants), CAPABILITY=capability), target=target)
     ((variable, function),) = lowered.device_mod.functions_items()
     attributes: Any = function.attrs

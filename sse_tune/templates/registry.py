@@ -41,12 +41,14 @@ class Program:
         factory: `factory(**constants, CAPABILITY=90)` gives the compiler's own object.
         constants: name and value, all that the code depends on.
         sources: the modules whose code it is.
+        own_barriers: every barrier it needs is written out, and its compiler adds none.
     """
 
     module: str
     factory: str
     constants: tuple[tuple[str, int | float | str | bool], ...]
     sources: tuple[str, ...]
+    own_barriers: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,7 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             f"sse_tune.templates.tilelang.{name}"
             for name in (
                 "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients",
-                "gdn_gradients",
+                "gdn_gradients", "gla_decay_rows",
             )
         ),
     ),

@@ -27,10 +27,13 @@ RAGGED = Problem(
     rule="gdn", seq_len=3001, num_heads=3, head_dim=64, head_dim_v=192, dtype="fp16", num_sequences=7,
     num_partitions=5, top_k=2, read_k=3, shared=False, norm="after",
 )  # fmt: skip
+GLA = Problem.preset("sse-gla-128")
+WIDE_GLA = Problem.preset("sse-gla")  # K=256 V=512
 OUTER = Config(chunk_size=64, state_dtype="io", states="recompute", split=0)
 NAMES = (
     "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients", "gdn_gradients"
 )  # fmt: skip
+GLA_NAMES = ("gla_decay_rows",)
 # stack bytes of a thread, where a default spills
 MAX_SPILL_BYTES = {("gdn_prepare", "sm_90"): 24, ("gdn_prepare", "sm_100"): 40}
 
@@ -50,11 +53,17 @@ class Case:
 
     @property
     def outer(self):
-        return OUTER.replace(states=self.states)
+        states = "store" if self.problem.rule == "gla" else self.states
+        return OUTER.replace(states=states, **{name: value for name, value in self.config if name in OUTER})
 
 
+GLA_CASE = Case("gla_decay_rows", "sm_90", GLA)
 KEEPING = [Case("gdn_scan", arch, states="store") for arch in ARCHS]
-DEFAULTS = [Case(name, arch) for name in NAMES for arch in ARCHS] + KEEPING
+DEFAULTS = [
+    *(Case(name, arch) for name in NAMES for arch in ARCHS),
+    *(Case(name, arch, GLA) for name in GLA_NAMES for arch in ARCHS),
+    *KEEPING,
+]
 OTHERS = [
     Case("gdn_scan", "sm_90", WIDE),
     Case("gdn_scan", "sm_90", RAGGED, states="store"),
@@ -63,17 +72,29 @@ OTHERS = [
     Case("gdn_score_gradients", "sm_90", RAGGED),
     Case("gdn_prepare", "sm_90", RAGGED, config=(("solve_block", 16),)),
     Case("gdn_state_gradient", "sm_90", config=(("num_warps", 8), ("num_stages", 1))),
+    Case("gla_decay_rows", "sm_90", WIDE_GLA, (("num_warps", 8),)),
+    Case("gla_decay_rows", "sm_80", RAGGED.replace(rule="gla")),
+    Case("gla_decay_rows", "sm_90", GLA.replace(dtype="fp16", head_dim=192, norm="after")),
+    Case("gla_decay_rows", "sm_90", GLA.replace(norm="before"), (("chunk_size", 128),)),
 ]
 
 
 def config_of(case):
     template = find_template("tilelang", case.template)
-    return template.space.default(case.problem, ARCHS[case.arch], case.outer).replace(**dict(case.config))
+    changes = {name: value for name, value in case.config if name not in OUTER}
+    return template.space.default(case.problem, ARCHS[case.arch], case.outer).replace(**changes)
 
 
 def compiled(case):
     template = find_template("tilelang", case.template)
     return compile_stage(template, case.problem, case.outer, config_of(case), case.arch)
+
+
+def promised_smem_bytes(case):
+    """By the module of the template that has a say in it: its own, or of the kernel that two of them share."""
+    modules = map(importlib.import_module, find_template("tilelang", case.template).sources)
+    (smem_bytes,) = [module.smem_bytes for module in modules if hasattr(module, "smem_bytes")]
+    return smem_bytes(case.problem, Config({**case.outer, **config_of(case)}))
 
 
 @pytest.fixture(scope="module")
@@ -106,21 +127,33 @@ def compiled_before(artifacts, home, monkeypatch):
 def test_compiles_within_its_limits(case, artifacts):
     artifact = artifacts[case]
     assert not isinstance(artifact, BaseException), artifact
-    template, config = find_template("tilelang", case.template), config_of(case)
     assert limits_reason(artifact, ARCHS[case.arch]) is None
     assert 0 < artifact.registers <= MAX_REGISTERS
     if case in DEFAULTS:
         assert artifact.spill_bytes <= MAX_SPILL_BYTES.get((case.template, case.arch), 0), artifact
-    smem_bytes = importlib.import_module(template.run.__module__).smem_bytes
-    assert artifact.smem_bytes <= smem_bytes(case.problem, Config({**case.outer, **config}))
+    assert artifact.smem_bytes <= promised_smem_bytes(case)
 
 
 @pytest.mark.parametrize("case", [case for case in DEFAULTS if case.arch == "sm_90"], ids=str)
 def test_what_was_compiled_is_found_again(case, compiled_before):
-    (launch,) = record_launches(find_template("tilelang", case.template), MAIN, case.outer, config_of(case))
+    template = find_template("tilelang", case.template)
+    (launch,) = record_launches(template, case.problem, case.outer, config_of(case))
     built = tilelang.build(launch.kernel, "sm_90")
     assert built.cubin == compiled_before[case].kernels[0].cubin
     assert {parameter.name for parameter in built.parameters} <= set(launch.args)  # each parameter has an argument
+
+
+def test_halves_of_a_block_meet_at_no_barrier():
+    """They run code of their own: at a barrier between its two ends one half would wait for the other for ever."""
+    (launch,) = record_launches(
+        find_template("tilelang", "gla_decay_rows"), GLA, GLA_CASE.outer, config_of(GLA_CASE)
+    )
+    source, *_ = tilelang._generate(launch.kernel, "sm_90a")
+    near = source[source.index("if (is_far == 0) {") : source.index("tl::fence_proxy_async();")]
+    assert near.count("exp2_or_zero(") == 32 and "sync" not in near  # two of each row at once, in each half
+    assert tilelang.cache_key(launch.kernel, "sm_90") != tilelang.cache_key(
+        dataclasses.replace(launch.kernel, own_barriers=False), "sm_90"
+    )
 
 
 def test_the_key_tells_programs_apart():
@@ -139,7 +172,7 @@ def test_its_default_plan_is_mixed(rule):
     plan = default_plan(problem, ARCHS["sm_90"], "tilelang")
     validate_plan(plan, problem, ARCHS["sm_90"])
     own = {choice.template for choice in plan.stages.values() if choice.backend == "tilelang"}
-    assert own == (set(NAMES) if rule == "gdn" else set())
+    assert own == set(NAMES if rule == "gdn" else GLA_NAMES)
     assert {choice.backend for choice in plan.stages.values()} <= {"tilelang", "triton"}
     assert {choice.backend for choice in default_plan(problem, ARCHS["sm_90"]).stages.values()} == {"triton"}
 
@@ -177,7 +210,7 @@ def test_without_nvcc_it_says_so(monkeypatch):
 )
 def test_what_does_not_fit_is_refused_with_its_reason(changes, rule):
     for template in templates_of("tilelang"):
-        if "head_dim_v" in changes and template.stage == "prepare":
+        if "head_dim_v" in changes and template.stage in ("prepare", "decay_rows"):
             continue  # has nothing to do with V
         with pytest.raises(ConstraintError, match=rule):
             template.space.default(MAIN.replace(**changes), ARCHS["sm_90"], OUTER)
