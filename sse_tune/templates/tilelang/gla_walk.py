@@ -32,7 +32,7 @@ def smem_bytes(problem: Problem, config: Config) -> int:
     c, bk, bv = int(config["chunk_size"]), int(config["block_k"]), int(config["block_v"])
     item = common.item_bytes(problem)
     slot = item * c * (bk + bv) + 4 * (bk + c)
-    leaving = 2 * item * bk * bv if config["state_dtype"] == "io" else 0
+    leaving = item * bk * bv if config["state_dtype"] == "io" else 0
     return int(config["num_stages"]) * slot + leaving + 1024
 
 
@@ -69,7 +69,7 @@ def factory(
     mma = common.products(T, THREADS, CAPABILITY)
     NK, NV = K // BK, V // BV
     by_rows = T.GemmWarpPolicy.FullRow
-    leaves_by_tiles = STATE_DTYPE == DTYPE
+    leaves_by_tile = STATE_DTYPE == DTYPE
     ahead = STAGES - 1
     R, S, M, B, N = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B", "N"))
 
@@ -116,7 +116,7 @@ def factory(
             row = (p * THREADS + tx) // (BV // common.VECTOR)
             o_d = (p * THREADS + tx) % (BV // common.VECTOR) * common.VECTOR
             for e in T.vectorized(common.VECTOR):
-                at_boundaries[boundary, i_h, i_k * BK + row, i_v * BV + o_d + e] = b_low[step % 2, row, o_d + e]
+                at_boundaries[boundary, i_h, i_k * BK + row, i_v * BV + o_d + e] = b_low[row, o_d + e]
 
     @T.prim_func
     def gla_walk(
@@ -145,8 +145,8 @@ def factory(
             b_slots = T.alloc_shared((STAGES, C), "int32", scope="shared")
             b_state = T.alloc_fragment((BK, BV), "float32")
             slots = T.alloc_local((io.passes(C, BV),), "int32")
-            if leaves_by_tiles:
-                b_low = T.alloc_shared((2, BK, BV), DTYPE)
+            if leaves_by_tile:
+                b_low = T.alloc_shared((BK, BV), DTYPE)
                 T.annotate_layout({b_low: make_swizzled_layout(b_low)})
 
             first_row = segment_rows[i_seg]
@@ -180,18 +180,20 @@ def factory(
                 mma.start(b_x[at, :, :], b_y[at, :, :], b_state, transpose_A=True, policy=by_rows)
                 if step + ahead < n_steps:
                     take_slots(b_slots, (step + ahead) % STAGES, slots, tx)
+                if leaves_by_tile:
+                    if step > 0:
+                        store_tile(b_low, at_boundaries, step - 1, n_chunks, first_boundary, i_h, i_k, i_v, tx)
+                T.sync_threads()
+                if step + ahead < n_steps:
                     fetch(
                         step + ahead, n_steps, x, y, decay, perm, b_x, b_y, b_decay, b_slots, slots, first_row, n_rows,
                         n_chunks, first_chunk, i_h, i_k, i_v, tx,
                     )  # fmt: skip
                 T.ptx_commit_group()
-                if leaves_by_tiles:
-                    if step > 0:
-                        store_tile(b_low, at_boundaries, step - 1, n_chunks, first_boundary, i_h, i_k, i_v, tx)
                 mma.finish(0)
                 mma.settle(b_state, BK, BV)
-                if leaves_by_tiles:
-                    T.copy(b_state, b_low[step % 2, :, :])
+                if leaves_by_tile:
+                    T.copy(b_state, b_low)
                 elif step < n_inner:
                     i_boundary = T.Cast("int64", first_boundary + chunk_of(step, n_chunks) - (1 if REVERSE else 0))
                     for i, j in T.Parallel(BK, BV):
@@ -199,7 +201,7 @@ def factory(
             if HAS_LAST:
                 for i, j in T.Parallel(BK, BV):
                     last_state[i_state, i_h, i_k * BK + i, i_v * BV + j] = b_state[i, j]
-            elif leaves_by_tiles:
+            elif leaves_by_tile:
                 if n_steps > 0:
                     T.sync_threads()
                     store_tile(b_low, at_boundaries, n_steps - 1, n_chunks, first_boundary, i_h, i_k, i_v, tx)
