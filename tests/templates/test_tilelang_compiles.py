@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import multiprocessing
 import os
+import re
 
 import pytest
 
@@ -27,10 +28,13 @@ RAGGED = Problem(
     rule="gdn", seq_len=3001, num_heads=3, head_dim=64, head_dim_v=192, dtype="fp16", num_sequences=7,
     num_partitions=5, top_k=2, read_k=3, shared=False, norm="after",
 )  # fmt: skip
+GLA = Problem.preset("sse-gla-128")
+WIDE_GLA = Problem.preset("sse-gla")  # K=256 V=512
 OUTER = Config(chunk_size=64, state_dtype="io", states="recompute", split=0)
 NAMES = (
     "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients", "gdn_gradients"
 )  # fmt: skip
+GLA_NAMES = ("gla_states", "gla_output", "gla_states_backward", "gla_value_gradients")
 # stack bytes of a thread, where a default spills
 MAX_SPILL_BYTES = {("gdn_prepare", "sm_90"): 24, ("gdn_prepare", "sm_100"): 40}
 
@@ -48,24 +52,45 @@ class Case:
         return "-".join(part for part in (self.template, self.arch, sizes, changes) if part)
 
 
-DEFAULTS = [Case(name, arch) for name in NAMES for arch in ARCHS]
+DEFAULTS = [
+    *(Case(name, arch) for name in NAMES for arch in ARCHS),
+    *(Case(name, arch, GLA) for name in GLA_NAMES for arch in ARCHS),
+]
 OTHERS = [
     Case("gdn_scan", "sm_90", WIDE),
     Case("gdn_gradients", "sm_90", RAGGED),
     Case("gdn_score_gradients", "sm_90", RAGGED),
     Case("gdn_prepare", "sm_90", RAGGED, config=(("solve_block", 16),)),
     Case("gdn_state_gradient", "sm_90", config=(("num_warps", 8), ("num_stages", 1))),
+    Case("gla_states", "sm_90", WIDE_GLA, (("block_k", 128), ("block_v", 128), ("num_warps", 8), ("num_stages", 2))),
+    Case("gla_states_backward", "sm_90", RAGGED.replace(rule="gla"), (("block_v", 32), ("num_stages", 6))),
+    Case("gla_states_backward", "sm_90", GLA, (("state_dtype", "fp32"),)),
+    Case("gla_output", "sm_90", WIDE_GLA),
+    Case("gla_value_gradients", "sm_90", RAGGED.replace(rule="gla"), (("num_warps", 8),)),
 ]
+
+
+def outer_of(case):
+    kept = {"states": "store"} if case.problem.rule == "gla" else {}
+    return OUTER.replace(**kept, **{name: value for name, value in case.config if name in OUTER})
 
 
 def config_of(case):
     template = find_template("tilelang", case.template)
-    return template.space.default(case.problem, ARCHS[case.arch], OUTER).replace(**dict(case.config))
+    changes = {name: value for name, value in case.config if name not in OUTER}
+    return template.space.default(case.problem, ARCHS[case.arch], outer_of(case)).replace(**changes)
 
 
 def compiled(case):
     template = find_template("tilelang", case.template)
-    return compile_stage(template, case.problem, OUTER, config_of(case), case.arch)
+    return compile_stage(template, case.problem, outer_of(case), config_of(case), case.arch)
+
+
+def promised_smem_bytes(case):
+    """By the module of the template that has a say in it: its own, or of the kernel that two of them share."""
+    modules = map(importlib.import_module, find_template("tilelang", case.template).sources)
+    (smem_bytes,) = [module.smem_bytes for module in modules if hasattr(module, "smem_bytes")]
+    return smem_bytes(case.problem, Config({**outer_of(case), **config_of(case)}))
 
 
 @pytest.fixture(scope="module")
@@ -98,22 +123,33 @@ def compiled_before(artifacts, home, monkeypatch):
 def test_compiles_within_its_limits(case, artifacts):
     artifact = artifacts[case]
     assert not isinstance(artifact, BaseException), artifact
-    template, config = find_template("tilelang", case.template), config_of(case)
     assert limits_reason(artifact, ARCHS[case.arch]) is None
     assert 0 < artifact.registers <= MAX_REGISTERS
     if case in DEFAULTS:
         assert artifact.spill_bytes <= MAX_SPILL_BYTES.get((case.template, case.arch), 0), artifact
-    smem_bytes = importlib.import_module(template.run.__module__).smem_bytes
-    assert artifact.smem_bytes <= smem_bytes(case.problem, Config({**OUTER, **config}))
+    assert artifact.smem_bytes <= promised_smem_bytes(case)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *GLA_NAMES])
 def test_what_was_compiled_is_found_again(name, compiled_before):
-    case = Case(name, "sm_90")
-    (launch,) = record_launches(find_template("tilelang", name), MAIN, OUTER, config_of(case))
+    case = Case(name, "sm_90", GLA if name in GLA_NAMES else MAIN)
+    (launch,) = record_launches(find_template("tilelang", name), case.problem, outer_of(case), config_of(case))
     built = tilelang.build(launch.kernel, "sm_90")
     assert built.cubin == compiled_before[case].kernels[0].cubin
     assert {parameter.name for parameter in built.parameters} <= set(launch.args)  # each parameter has an argument
+
+
+@pytest.mark.parametrize("name", ["gla_states", "gla_states_backward"])
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 6])
+def test_no_step_of_a_gla_walk_waits_for_what_it_loads(name, num_stages):
+    """Whatever a step reads from memory are copies, and those of the num_stages - 2 chunks after it stay in flight."""
+    case = Case(name, "sm_90", GLA, (("num_stages", num_stages),))
+    (launch,) = record_launches(find_template("tilelang", name), GLA, outer_of(case), config_of(case))
+    source, *_ = tilelang._generate(launch.kernel, "sm_90a")
+    loop = source[source.index("cp_async_wait<") : source.rindex("wait_wgmma<")]
+    assert re.findall(r"cp_async_wait<(\d+)>", loop) == [str(num_stages - 2)]
+    for line in loop.splitlines():
+        assert "cp_async_gs" in line or not re.search(r"\b(x|y|perm|decay|segment_\w+)\[", line), line
 
 
 def test_the_key_tells_programs_apart():
@@ -132,7 +168,7 @@ def test_its_default_plan_is_mixed(rule):
     plan = default_plan(problem, ARCHS["sm_90"], "tilelang")
     validate_plan(plan, problem, ARCHS["sm_90"])
     own = {choice.template for choice in plan.stages.values() if choice.backend == "tilelang"}
-    assert own == (set(NAMES) if rule == "gdn" else set())
+    assert own == set(NAMES if rule == "gdn" else GLA_NAMES)
     assert {choice.backend for choice in plan.stages.values()} <= {"tilelang", "triton"}
     assert {choice.backend for choice in default_plan(problem, ARCHS["sm_90"]).stages.values()} == {"triton"}
 
