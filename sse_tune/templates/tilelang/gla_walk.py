@@ -223,9 +223,7 @@ def run(
     )  # fmt: skip
     tables = ("perm", "segment_rows", "segment_chunks", "segment_boundaries", "decay")
     present = {role: tensors[name] for role, name in zip(("first_state", "last_state"), ends) if name in tensors}
-    blocks = (
-        call.sizes.segments * problem.num_heads * (problem.key_dim // block_k) * (problem.value_dim // block_v)
-    )
+    blocks = call.sizes.segments * problem.num_heads * (problem.key_dim // block_k) * (problem.value_dim // block_v)
     call.launch(
         common.program(MODULE, "factory", values),
         (blocks,),
