@@ -29,7 +29,7 @@ RAGGED = Problem(
     num_partitions=5, top_k=2, read_k=3, shared=False, norm="after",
 )  # fmt: skip
 GLA = Problem.preset("sse-gla-128")
-WIDE_GLA = Problem.preset("sse-gla")  # K=256 V=512
+WIDE_GLA = Problem.preset("sse-gla")  # K=V=256
 OUTER = Config(chunk_size=64, state_dtype="io", states="recompute", split=0)
 NAMES = (
     "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients", "gdn_gradients"
