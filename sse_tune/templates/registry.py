@@ -155,7 +155,8 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             f"sse_tune.templates.tilelang.{name}"
             for name in (
                 "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients",
-                "gdn_gradients", "gla_decay_rows",
+                "gdn_gradients", "gla_decay_rows", "gla_states", "gla_output", "gla_states_backward",
+                "gla_value_gradients",
             )
         ),
     ),

@@ -8,6 +8,7 @@ import dataclasses
 import importlib
 import multiprocessing
 import os
+import re
 
 import pytest
 
@@ -33,7 +34,7 @@ OUTER = Config(chunk_size=64, state_dtype="io", states="recompute", split=0)
 NAMES = (
     "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients", "gdn_gradients"
 )  # fmt: skip
-GLA_NAMES = ("gla_decay_rows",)
+GLA_NAMES = ("gla_decay_rows", "gla_states", "gla_output", "gla_states_backward", "gla_value_gradients")
 # stack bytes of a thread, where a default spills
 MAX_SPILL_BYTES = {("gdn_prepare", "sm_90"): 24, ("gdn_prepare", "sm_100"): 40}
 
@@ -76,7 +77,17 @@ OTHERS = [
     Case("gla_decay_rows", "sm_80", RAGGED.replace(rule="gla")),
     Case("gla_decay_rows", "sm_90", GLA.replace(dtype="fp16", head_dim=192, norm="after")),
     Case("gla_decay_rows", "sm_90", GLA.replace(norm="before"), (("chunk_size", 128),)),
+    Case("gla_states", "sm_90", WIDE_GLA, (("block_k", 128), ("block_v", 128), ("num_warps", 8), ("num_stages", 2))),
+    Case("gla_states_backward", "sm_90", RAGGED.replace(rule="gla"), (("block_v", 32), ("num_stages", 6))),
+    Case("gla_states_backward", "sm_90", GLA, (("state_dtype", "fp32"),)),
+    Case("gla_output", "sm_90", WIDE_GLA),
+    Case("gla_value_gradients", "sm_90", RAGGED.replace(rule="gla"), (("num_warps", 8),)),
 ]
+
+
+def case.outer:
+    kept = {"states": "store"} if case.problem.rule == "gla" else {}
+    return OUTER.replace(**kept, **{name: value for name, value in case.config if name in OUTER})
 
 
 def config_of(case):
@@ -154,6 +165,19 @@ def test_halves_of_a_block_meet_at_no_barrier():
     assert tilelang.cache_key(launch.kernel, "sm_90") != tilelang.cache_key(
         dataclasses.replace(launch.kernel, own_barriers=False), "sm_90"
     )
+
+
+@pytest.mark.parametrize("name", ["gla_states", "gla_states_backward"])
+@pytest.mark.parametrize("num_stages", [2, 3, 4, 6])
+def test_no_step_of_a_gla_walk_waits_for_what_it_loads(name, num_stages):
+    """Whatever a step reads from memory are copies, and those of the num_stages - 2 chunks after it stay in flight."""
+    case = Case(name, "sm_90", GLA, (("num_stages", num_stages),))
+    (launch,) = record_launches(find_template("tilelang", name), GLA, case.outer, config_of(case))
+    source, *_ = tilelang._generate(launch.kernel, "sm_90a")
+    loop = source[source.index("cp_async_wait<") : source.rindex("wait_wgmma<")]
+    assert re.findall(r"cp_async_wait<(\d+)>", loop) == [str(num_stages - 2)]
+    for line in loop.splitlines():
+        assert "cp_async_gs" in line or not re.search(r"\b(x|y|perm|decay|segment_\w+)\[", line), line
 
 
 def test_the_key_tells_programs_apart():
