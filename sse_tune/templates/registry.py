@@ -153,7 +153,7 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             f"sse_tune.templates.tilelang.{name}"
             for name in (
                 "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients",
-                "gdn_gradients",
+                "gdn_gradients", "gla_gradients",
             )
         ),
     ),

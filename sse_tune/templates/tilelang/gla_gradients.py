@@ -1,0 +1,523 @@
+"""GLA gradients: of q, k, gates and router weight, for each chunk and head on its own, K in slices.
+
+The formulas and the two kinds of gates are those of Triton's `gla_gradients_sliced`. With b the sum of a chunk's
+log-gates, r its value in the middle row, E = e^(b - r), Zq = E q̂, Zk = k̂ / E, and in a chunk of C rows
+
+    dA = tril(dO Vᵀ)     Yq = e^r (dO hᵀ) + dA Zk     Yk = e^(b_C - r) (V dhᵀ) + dAᵀ Zq
+    Xq = E Yq            Xk = Yk / E                  db = Zq Yq - Zk Yk
+    dg_i = Σ_(t >= i) db_t + Σ_j Zk e^(b_C - r) (V dhᵀ) + e^(b_C) <h, dh>
+
+A block keeps dO, V and dA and goes along the slices of K; h and dh of the next slice are copied while this one is
+finished. Sums along the rows of a chunk are taken by columns: THREADS / BK threads have a part of one each, in fp32.
+
+Slices whose gates are not near are flagged and left to Triton's kernel for them, a second launch; sums over all of K,
+which the norm and the router's gradient need, are finished by a third where there is more than one slice.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from sse_tune.problem import Problem
+from sse_tune.space import Config, Constraint, Param, Space
+from sse_tune.templates.registry import Call, Template
+from sse_tune.templates.tilelang import common
+
+if TYPE_CHECKING:
+    import torch
+
+BK = 64  # columns of K in a slice: the width of the swizzle
+PAD = 8  # numbers between the rows of a tile that is gone through by columns
+NEAR_NATS = 40.0  # as in gla_gates: e^80, the largest product, times any operands is a finite fp32
+LOWEST_GATE = -128.0  # below it e^g is 0 in fp32 either way
+FAR_WARPS = 8
+VECTORS = {"float32": 4, "float16": 8, "bfloat16": 8}  # values of one copy
+
+
+def smem_bytes(problem: Problem, config: Config) -> int:
+    """dO and V; slices of h, dh, q and k; the gates, then E and db; dA, and halves of it and of Z where one operand of
+    bf16 does not hold them; numbers by row and by column."""
+    c, v = int(config["chunk_size"]), problem.value_dim
+    tiles = common.item_bytes(problem) * (2 * c * v + 2 * BK * v + 2 * c * BK) + 4 * c * (BK + PAD)
+    operands = 2 * c * c if problem.dtype == "bf16" else 2 * (2 * c * c + 4 * c * BK)
+    return tiles + operands + 4 * (6 * c + 16 * BK) + 2048
+
+
+SPACE = Space(
+    params=(
+        Param("num_warps", (4, 8), 8, "warps per block, four to a warpgroup"),
+        Param("blocks_per_sm", (1, 2), 2, "blocks that registers are kept for"),
+    ),
+    constraints=(
+        *common.OPERANDS,
+        common.IO_STATES,
+        Constraint("V must be a multiple of 64", lambda p, c, d: p.value_dim % 64 == 0),
+        # Yq and Yk are held at once, with the rows of q and k beside them
+        Constraint("chunk_size must be 64", lambda p, c, d: c["chunk_size"] == 64),
+        Constraint("the tiles fit in shared memory", lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
+    ),
+)
+
+
+def factory(
+    H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BLOCKS: int, PARTITIONS: int, HAS_SHARED: bool,
+    HAS_INITIAL: bool, HAS_FINAL: bool, WRITERS: int, READERS: int, NORM: str, GATE_DTYPE: str, SHARED_GATE_DTYPE: str,
+    CAPABILITY: int,
+) -> Any:  # fmt: skip
+    import tilelang.language as T
+    from tilelang.layout import make_swizzled_layout
+
+    io = common.copies(T, THREADS, L, CAPABILITY)
+    mma = common.products(T, THREADS, CAPABILITY)
+    by_rows = T.GemmWarpPolicy.FullRow
+    SIDES = THREADS // 128  # warps beside each other along the columns of a product
+    NK = K // BK
+    PARTS = THREADS // BK
+    ROWS = C // PARTS  # of a part of a column
+    IS_EXACT = DTYPE == "bfloat16"  # Z and dA are one operand of bf16 each
+    EPS = 1e-6
+    R, S, M, B, N, G = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B", "N", "G"))
+
+    @T.macro
+    def fetch_rows(source, tile, tokens, i_h, column, tx, width, vector):
+        """A tile of rows by their tokens."""
+        for p in T.unroll(C * width // (THREADS * vector)):
+            i = p * THREADS + tx
+            row = i // (width // vector)
+            o_d = i % (width // vector) * vector
+            T.ptx_cp_async(
+                T.access_ptr(tile[row, o_d], "w", vector),
+                T.access_ptr(source[T.Cast("int64", tokens[row]), i_h, column + o_d], "r", vector),
+                vector,
+            )
+
+    @T.macro
+    def fetch_gates(source, tile, tokens, i_h, column, tx, dtype):
+        """Log-gates; copies do not convert."""
+        if dtype == "float32":
+            fetch_rows(source, tile, tokens, i_h, column, tx, BK, VECTORS[dtype])
+        else:
+            for p in T.unroll(C * BK // THREADS):
+                row = p * PARTS + tx // BK
+                tile[row, tx % BK] = T.Cast("float32", source[T.Cast("int64", tokens[row]), i_h, column + tx % BK])
+
+    @T.macro
+    def fetch_state(source, at_end, has_end, tile, i_boundary, i_state, i_h, i_k, tx):
+        """Rows of K of the state at a boundary; at a segment's end of the call's own, or 0."""
+        if i_boundary >= 0:
+            for p in T.unroll(io.passes(BK, V)):
+                i = p * THREADS + tx
+                row = i // (V // common.VECTOR)
+                o_v = i % (V // common.VECTOR) * common.VECTOR
+                T.ptx_cp_async(
+                    T.access_ptr(tile[row, o_v], "w", common.VECTOR),
+                    T.access_ptr(source[T.Cast("int64", i_boundary), i_h, i_k * BK + row, o_v], "r", common.VECTOR),
+                    common.VECTOR,
+                )
+        elif has_end:
+            for i, j in T.Parallel(BK, V):
+                tile[i, j] = at_end[i_state, i_h, i_k * BK + i, j]
+        else:
+            for i, j in T.Parallel(BK, V):
+                tile[i, j] = 0.0
+
+    @T.macro
+    def fetch_slice(q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, tokens, i_seg, n_shared, i_h, i_k, tx):
+        if i_seg < n_shared:
+            fetch_gates(shared_g, b_x, tokens, i_h, i_k * BK, tx, SHARED_GATE_DTYPE)
+            fetch_rows(shared_q, b_q, tokens, i_h, i_k * BK, tx, BK, common.VECTOR)
+            fetch_rows(shared_k, b_k, tokens, i_h, i_k * BK, tx, BK, common.VECTOR)
+        else:
+            fetch_gates(g, b_x, tokens, i_h, i_k * BK, tx, GATE_DTYPE)
+            fetch_rows(q, b_q, tokens, i_h, i_k * BK, tx, BK, common.VECTOR)
+            fetch_rows(k, b_k, tokens, i_h, i_k * BK, tx, BK, common.VECTOR)
+
+    @T.macro
+    def second_half(b_x, b_low, columns):
+        """What one operand of bf16 leaves of a tile of fp32."""
+        for i, j in T.Parallel(C, columns):
+            b_low[i, j] = b_x[i, j] - T.Cast("float32", T.Cast("bfloat16", b_x[i, j]))
+
+    @T.macro
+    def store_gates(target, own, first, n_left, i_h, column, tx):
+        """A part of a column; rows past the end of the chunk are the next one's."""
+        for i in T.unroll(ROWS):
+            if tx // BK * ROWS + i < n_left:
+                target[T.Cast("int64", first + tx // BK * ROWS + i), i_h, column + tx % BK] = own[i]
+
+    def z_value(high, low, i, j):
+        """Z as the products take it."""
+        value = T.Cast("float32", high[i, j])
+        return value if IS_EXACT else value + T.Cast("float32", low[i, j])
+
+    @T.macro
+    def row_sums(b_terms, b_sums, into):
+        T.reduce_sum(T.reshape(b_terms, (C, SIDES, BK // SIDES)), b_sums, dim=2)
+        T.copy(b_sums, into)
+
+    def in_all(parts, i):
+        total = parts[i, 0]
+        for side in range(1, SIDES):
+            total += parts[i, side]
+        return total
+
+    @T.macro
+    def norm_terms(dot, square, weight, part, d_weight, in_role, factor):
+        """What the gradients of a row and of its weight take from the norm."""
+        if NORM == "none":
+            part = 0.0
+            d_weight += T.if_then_else(in_role, dot * factor, 0.0)
+        elif NORM == "after":
+            rho = T.rsqrt(square + EPS)
+            part = rho * rho * dot
+            d_weight += T.if_then_else(in_role, rho * dot * factor, 0.0)
+        else:
+            rho = T.rsqrt(weight * weight * square + EPS)
+            part = weight * rho * (weight * rho) * dot
+            d_weight += T.if_then_else(in_role, dot * EPS * rho * rho * rho * factor, 0.0)
+
+    @T.prim_func
+    def gla_gradients(
+        q: T.Tensor((R, H, K), DTYPE),
+        k: T.Tensor((R, H, K), DTYPE),
+        v: T.Tensor((R, H, V), DTYPE),
+        g: T.Tensor((R, H, K), GATE_DTYPE),
+        shared_q: T.Tensor((R, H, K), DTYPE),
+        shared_k: T.Tensor((R, H, K), DTYPE),
+        shared_g: T.Tensor((R, H, K), SHARED_GATE_DTYPE),
+        do: T.Tensor((R, H, V), DTYPE),
+        k_scale: T.Tensor((H, M), "float32"),
+        q_scale: T.Tensor((H, M), "float32"),
+        h: T.Tensor((B, H, K, V), DTYPE),
+        dh: T.Tensor((B, H, K, V), DTYPE),
+        initial_state: T.Tensor((S, H, K, V), "float32"),
+        d_final_state: T.Tensor((S, H, K, V), "float32"),
+        dq_rows: T.Tensor((G, H, K), DTYPE),
+        dk_rows: T.Tensor((G, H, K), DTYPE),
+        dg_rows: T.Tensor((G, H, K), "float32"),
+        de_rows: T.Tensor((H, G), "float32"),
+        d_shared_q: T.Tensor((R, H, K), DTYPE),
+        d_shared_k: T.Tensor((R, H, K), DTYPE),
+        d_shared_g: T.Tensor((R, H, K), SHARED_GATE_DTYPE),
+        far: T.Tensor((N * H * NK,), "int32"),
+        sums: T.Tensor((2, NK, H, M), "float32"),
+        perm: T.Tensor((M,), "int32"),
+        weights: T.Tensor((R * L,), "float32"),
+        chunk_table: T.Tensor((N, 5), "int32"),
+        scale: T.float32,
+        n_shared: T.int32,
+        n_shared_rows: T.int32,
+        n_sequences: T.int32,
+        n_blocks: T.int32,
+    ):
+        with T.Kernel(n_blocks, threads=THREADS) as block:
+            T.annotate_min_blocks_per_sm(BLOCKS)
+            tx = T.get_thread_binding()
+            i_h = block % H
+            i_c = block // H
+            b_do = T.alloc_shared((C, V), DTYPE)
+            b_v = T.alloc_shared((C, V), DTYPE)
+            b_h = T.alloc_shared((BK, V), DTYPE)
+            b_dh = T.alloc_shared((BK, V), DTYPE)
+            b_q = T.alloc_shared((C, BK), DTYPE)  # then Zq where that is of this dtype; then the gradient
+            b_k = T.alloc_shared((C, BK), DTYPE)  # the same
+            b_x = T.alloc_shared((C, BK + PAD), "float32")  # log-gates, then b - r, then db
+            b_dA = T.alloc_shared((C, C), "bfloat16")
+            b_total = T.alloc_shared((PARTS, BK), "float32", scope="shared")
+            b_state = T.alloc_shared((4, BK), "float32", scope="shared")
+            b_first = T.alloc_shared((BK,), "float32", scope="shared")
+            b_second = T.alloc_shared((BK,), "float32", scope="shared")
+            b_through = T.alloc_shared((BK,), "float32", scope="shared")
+            b_token = T.alloc_shared((C,), "int32", scope="shared")
+            b_writes = T.alloc_shared((C,), "float32", scope="shared")
+            b_a = T.alloc_shared((C,), "float32", scope="shared")
+            b_c = T.alloc_shared((C,), "float32", scope="shared")
+            b_qx = T.alloc_shared((C, SIDES), "float32", scope="shared")
+            b_kx = T.alloc_shared((C, SIDES), "float32", scope="shared")
+            b_qq = T.alloc_shared((C, SIDES), "float32", scope="shared")
+            b_kk = T.alloc_shared((C, SIDES), "float32", scope="shared")
+            b_q_part = T.alloc_shared((C,), "float32", scope="shared")
+            b_k_part = T.alloc_shared((C,), "float32", scope="shared")
+            b_yq = T.alloc_fragment((C, BK), "float32")
+            b_yk = T.alloc_fragment((C, BK), "float32")
+            b_scores = T.alloc_fragment((C, C), "float32")
+            b_hdh = T.alloc_fragment((BK, BK), "float32")
+            b_terms = T.alloc_fragment((C, BK), "float32")
+            b_quarters = T.alloc_fragment((4, BK), "float32")
+            b_sums = T.alloc_fragment((C, SIDES), "float32")
+            own = T.alloc_local((ROWS,), "float32")
+            run = T.alloc_var("float32")
+            d_weight = T.alloc_var("float32")
+            part = T.alloc_var("float32")
+            is_far = T.alloc_var("int32")
+            if IS_EXACT:
+                b_q_rows = T.alloc_fragment((C, BK), DTYPE)
+                b_k_rows = T.alloc_fragment((C, BK), DTYPE)
+                b_zq, b_zk, b_zq_low, b_zk_low = b_q, b_k, None, None
+            else:
+                b_q_rows, b_k_rows = b_q, b_k
+                b_zq = T.alloc_shared((C, BK), "bfloat16")
+                b_zk = T.alloc_shared((C, BK), "bfloat16")
+                b_zq_low = T.alloc_shared((C, BK), "bfloat16")
+                b_zk_low = T.alloc_shared((C, BK), "bfloat16")
+                b_dA_low = T.alloc_shared((C, C), "bfloat16")
+                T.annotate_layout({b_q: make_swizzled_layout(b_q), b_k: make_swizzled_layout(b_k)})
+
+            i_seg = chunk_table[i_c, 0]
+            first = chunk_table[i_c, 1]
+            n_rows = chunk_table[i_c, 2]
+            i_before = chunk_table[i_c, 3]
+            i_after = chunk_table[i_c, 4]
+            if i_seg >= 0:
+                i_state = common.state_index(T, i_seg, n_sequences, PARTITIONS, HAS_SHARED)
+                slot = perm[T.Cast("int64", first + T.min(tx, n_rows - 1))]
+                lane = slot - T.truncdiv(slot, L) * L
+                if tx < C:
+                    row = T.Cast("int64", first + T.min(tx, n_rows - 1))
+                    b_token[tx] = T.truncdiv(slot, L)
+                    b_writes[tx] = T.if_then_else((tx < n_rows) and (lane < WRITERS), 1.0, 0.0)
+                    b_a[tx] = T.if_then_else(tx < n_rows, k_scale[i_h, row], 0.0)
+                    b_c[tx] = T.if_then_else(tx < n_rows, q_scale[i_h, row], 0.0)
+                T.sync_threads()
+                fetch_rows(do, b_do, b_token, i_h, 0, tx, V, common.VECTOR)
+                fetch_rows(v, b_v, b_token, i_h, 0, tx, V, common.VECTOR)
+                T.ptx_commit_group()
+                fetch_slice(
+                    q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, i_seg, n_shared, i_h, 0, tx
+                )
+                T.ptx_commit_group()
+                fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, 0, tx)
+                fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, 0, tx)
+                T.ptx_commit_group()
+
+                io.arrive(2)
+                T.gemm(b_do, b_v, b_scores, transpose_B=True, clear_accum=True, policy=by_rows)
+                for i, j in T.Parallel(C, C):
+                    b_scores[i, j] = T.if_then_else(i >= j, b_scores[i, j], 0.0)
+                T.copy(b_scores, b_dA)
+                if not IS_EXACT:
+                    second_half(b_scores, b_dA_low, C)
+                io.fence()
+                io.arrive(1)
+
+                for s in T.serial(NK):
+                    # log-gates to b - r
+                    for i in T.unroll(ROWS):
+                        own[i] = T.if_then_else(
+                            b_writes[tx // BK * ROWS + i] > 0.0,
+                            T.max(b_x[tx // BK * ROWS + i, tx % BK], LOWEST_GATE),
+                            0.0,
+                        )
+                    run = 0.0
+                    for i in T.unroll(ROWS):
+                        run += own[i]
+                    b_total[tx // BK, tx % BK] = run
+                    T.sync_threads()
+                    run = 0.0
+                    if tx // BK < PARTS // 2:
+                        for p in T.unroll(PARTS // 2):
+                            if p > tx // BK:
+                                run += b_total[p, tx % BK]
+                        for i in T.unroll(ROWS):
+                            b_x[tx // BK * ROWS + ROWS - 1 - i, tx % BK] = -run
+                            if i < ROWS - 1:
+                                run += own[ROWS - 1 - i]
+                    else:
+                        for p in T.unroll(PARTS // 2):
+                            if p + PARTS // 2 < tx // BK:
+                                run += b_total[p + PARTS // 2, tx % BK]
+                        for i in T.unroll(ROWS):
+                            run += own[i]
+                            b_x[tx // BK * ROWS + i, tx % BK] = run
+                    is_far = T.if_then_else(run >= -NEAR_NATS, 0, 1)  # the sums fall: run is the lowest of the part
+                    if tx < BK:
+                        run = 0.0
+                        for p in T.unroll(PARTS // 2):
+                            run += b_total[p, tx]
+                        b_first[tx] = T.exp(run)
+                        run = 0.0
+                        for p in T.unroll(PARTS // 2):
+                            run += b_total[p + PARTS // 2, tx]
+                        b_second[tx] = T.exp(run)
+                    T.ptx_wait_group(0)  # h and dh: most of what follows needs them
+                    io.fence()
+                    is_far = T.syncthreads_or(is_far)
+                    if tx == 0:
+                        far[T.Cast("int64", block) * NK + s] = T.if_then_else(is_far != 0, 1, 0)
+
+                    if is_far == 0:
+                        if IS_EXACT:
+                            for i, j in T.Parallel(C, BK):
+                                b_q_rows[i, j] = b_q[i, j]
+                            for i, j in T.Parallel(C, BK):
+                                b_k_rows[i, j] = b_k[i, j]
+                        for i, j in T.Parallel(C, BK):
+                            b_yq[i, j] = T.__exp(b_x[i, j]) * (b_q_rows[i, j] * b_c[i])
+                        for i, j in T.Parallel(C, BK):
+                            b_yk[i, j] = T.__exp(-b_x[i, j]) * (b_k_rows[i, j] * b_a[i])
+                        T.copy(b_yq, b_zq)
+                        T.copy(b_yk, b_zk)
+                        if not IS_EXACT:
+                            second_half(b_yq, b_zq_low, BK)
+                            second_half(b_yk, b_zk_low, BK)
+                        io.fence()
+                        T.gemm(b_h, b_dh, b_hdh, transpose_B=True, clear_accum=True, policy=by_rows)
+                        for i, j in T.Parallel(BK, BK):
+                            if i == j:
+                                b_through[i] = b_hdh[i, j]
+                        mma.start(b_do, b_h, b_yq, transpose_B=True, clear_accum=True, policy=by_rows)
+                        mma.start(b_v, b_dh, b_yk, transpose_B=True, clear_accum=True, policy=by_rows)
+                        mma.finish(0)
+                        mma.settle(b_yq, C, BK)
+                        mma.settle(b_yk, C, BK)
+                        T.sync_threads()
+                    if s + 1 < NK:
+                        fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, s + 1, tx)
+                        fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, s + 1, tx)
+                    T.ptx_commit_group()
+                    if is_far == 0:
+                        for i, j in T.Parallel(C, BK):
+                            b_yq[i, j] *= b_first[j]
+                        for i, j in T.Parallel(C, BK):
+                            b_yk[i, j] *= b_second[j]
+                        for i, j in T.Parallel(C, BK):
+                            b_terms[i, j] = z_value(b_zk, b_zk_low, i, j) * b_yk[i, j]
+                        T.reduce_sum(T.reshape(b_terms, (4, C // 4, BK)), b_quarters, dim=1)
+                        T.copy(b_quarters, b_state)
+                        mma.start(b_dA, b_zk, b_yq, policy=by_rows)
+                        mma.start(b_dA, b_zq, b_yk, transpose_A=True, policy=by_rows)
+                        if not IS_EXACT:
+                            mma.start(b_dA, b_zk_low, b_yq, policy=by_rows)
+                            mma.start(b_dA_low, b_zk, b_yq, policy=by_rows)
+                            mma.start(b_dA, b_zq_low, b_yk, transpose_A=True, policy=by_rows)
+                            mma.start(b_dA_low, b_zq, b_yk, transpose_A=True, policy=by_rows)
+                        mma.finish(0)
+                        mma.settle(b_yq, C, BK)
+                        mma.settle(b_yk, C, BK)
+                        T.sync_threads()
+                        for i, j in T.Parallel(C, BK):
+                            b_terms[i, j] = z_value(b_zq, b_zq_low, i, j) * b_yq[i, j]
+                        for i, j in T.Parallel(C, BK):
+                            b_terms[i, j] -= z_value(b_zk, b_zk_low, i, j) * b_yk[i, j]
+                        for i, j in T.Parallel(C, BK):
+                            b_yq[i, j] *= T.__exp(b_x[i, j])
+                        for i, j in T.Parallel(C, BK):
+                            b_yk[i, j] *= T.__exp(-b_x[i, j])
+                        for i, j in T.Parallel(C, BK):
+                            b_x[i, j] = b_terms[i, j]
+                        for i, j in T.Parallel(C, BK):
+                            b_terms[i, j] = b_yq[i, j] * b_q_rows[i, j]
+                        row_sums(b_terms, b_sums, b_qx)
+                        for i, j in T.Parallel(C, BK):
+                            b_terms[i, j] = b_yk[i, j] * b_k_rows[i, j]
+                        row_sums(b_terms, b_sums, b_kx)
+                        if NK == 1:
+                            if NORM != "none":
+                                for i, j in T.Parallel(C, BK):
+                                    b_terms[i, j] = T.Cast("float32", b_q_rows[i, j]) * b_q_rows[i, j]
+                                row_sums(b_terms, b_sums, b_qq)
+                                for i, j in T.Parallel(C, BK):
+                                    b_terms[i, j] = T.Cast("float32", b_k_rows[i, j]) * b_k_rows[i, j]
+                                row_sums(b_terms, b_sums, b_kk)
+                            T.sync_threads()
+                            if tx < n_rows:
+                                weight = weights[T.Cast("int64", slot)]
+                                d_weight = 0.0
+                                norm_terms(
+                                    in_all(b_qx, tx), in_all(b_qq, tx), weight, part, d_weight, lane < READERS, scale
+                                )
+                                b_q_part[tx] = part
+                                norm_terms(
+                                    in_all(b_kx, tx), in_all(b_kk, tx), weight, part, d_weight, lane < WRITERS, 1.0
+                                )
+                                b_k_part[tx] = part
+                                if i_seg >= n_shared:
+                                    de_rows[i_h, T.Cast("int64", first + tx) - n_shared_rows] = d_weight
+                            T.sync_threads()
+                            if NORM != "none":
+                                for i, j in T.Parallel(C, BK):
+                                    b_yq[i, j] -= b_q_part[i] * b_q_rows[i, j]
+                                for i, j in T.Parallel(C, BK):
+                                    b_yk[i, j] -= b_k_part[i] * b_k_rows[i, j]
+                        for i, j in T.Parallel(C, BK):
+                            b_q[i, j] = b_c[i] * b_yq[i, j]
+                        for i, j in T.Parallel(C, BK):
+                            b_k[i, j] = b_a[i] * b_yk[i, j]
+                        T.sync_threads()
+
+                        if i_seg < n_shared:
+                            if HAS_SHARED:
+                                io.store_rows(b_q, d_shared_q, first, n_rows, i_h, s * BK, tx, C, BK)
+                                io.store_rows(b_k, d_shared_k, first, n_rows, i_h, s * BK, tx, C, BK)
+                        else:
+                            io.store_rows(b_q, dq_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
+                            io.store_rows(b_k, dk_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
+                        run = 0.0
+                        for i in T.unroll(ROWS):
+                            own[i] = b_x[tx // BK * ROWS + i, tx % BK]
+                            run += own[i]
+                        b_total[tx // BK, tx % BK] = run
+                        if NK > 1:
+                            if tx < n_rows:
+                                sums[0, s, i_h, T.Cast("int64", first + tx)] = in_all(b_qx, tx)
+                                sums[1, s, i_h, T.Cast("int64", first + tx)] = in_all(b_kx, tx)
+                        T.sync_threads()
+                        run = b_through[tx % BK] * b_first[tx % BK] * b_second[tx % BK]
+                        for p in T.unroll(4):
+                            run += b_state[p, tx % BK]
+                        for p in T.unroll(PARTS):
+                            if p > tx // BK:
+                                run += b_total[p, tx % BK]
+                        for i in T.unroll(ROWS):
+                            run += own[ROWS - 1 - i]
+                            own[ROWS - 1 - i] = T.if_then_else(
+                                b_writes[tx // BK * ROWS + ROWS - 1 - i] > 0.0, run, 0.0
+                            )
+                        if i_seg < n_shared:
+                            if HAS_SHARED:
+                                store_gates(d_shared_g, own, first, n_rows, i_h, s * BK, tx)
+                        else:
+                            store_gates(dg_rows, own, first - n_shared_rows, n_rows, i_h, s * BK, tx)
+                        T.sync_threads()
+                    if s + 1 < NK:
+                        fetch_slice(
+                            q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, i_seg, n_shared, i_h, s + 1,
+                            tx,
+                        )  # fmt: skip
+                    T.ptx_commit_group()
+                    io.arrive(0)
+
+    return gla_gradients
+
+
+def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
+    problem, sizes = call.sizes.problem, call.sizes
+    slices, blocks = problem.key_dim // BK, sizes.chunks * problem.num_heads
+    warps, k_scale = int(call.config["num_warps"]), tensors["k_scale"]
+    scratch = dict(
+        far=tensors["perm"].new_empty(blocks * slices),
+        sums=k_scale.new_empty((2, slices, *k_scale.shape)) if slices > 1 else k_scale,
+    )
+    dtypes = {
+        f"{name}_dtype".upper(): str(tensors[tensor].dtype).removeprefix("torch.")
+        for name, tensor in (("gate", "g"), ("shared_gate", "shared_g"))
+    }
+    values = common.constants(
+        call, BLOCKS=int(call.config["blocks_per_sm"]), PARTITIONS=problem.partitions, HAS_SHARED=problem.shared,
+        HAS_INITIAL="initial_state" in tensors, HAS_FINAL="d_final_state" in tensors,
+        WRITERS=int(problem.shared) + problem.top_k, READERS=int(problem.shared) + problem.readers, NORM=problem.norm,
+        **dtypes,
+    )  # fmt: skip
+    names = (
+        "v", "do", "k_scale", "q_scale", "h", "dh", "perm", "weights", "chunk_table", "dq_rows", "dk_rows", "dg_rows",
+        "de_rows", *(f"d_shared_{name}" for name in ("q", "k", "g") if problem.shared),
+        *(name for name in ("initial_state", "d_final_state") if name in tensors),
+    )  # fmt: skip
+    arguments = {**common.streams(tensors, "q", "k", "g"), **common.row_arguments(call, tensors, *names), **scratch}
+    arguments |= dict(
+        scale=call.scale, n_shared_rows=sizes.shared_rows, n_blocks=blocks, N=sizes.chunks,
+        G=max(1, sizes.sparse_rows),
+    )  # fmt: skip
+    call.launch(common.program(__name__, "factory", values), (blocks,), arguments, num_warps=warps, num_stages=1)
+
+
+TEMPLATE = Template("tilelang", "gla_gradients", "gradients", ("gla",), SPACE, run, (__name__, common.MODULE))
