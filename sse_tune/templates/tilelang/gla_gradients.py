@@ -14,6 +14,7 @@ Slices whose gates are not near are flagged and left to Triton's kernel for them
 which the norm and the router's gradient need, are finished by a third where there is more than one slice.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.tilelang import common
+from sse_tune.templates.triton import gla_gradients_sliced
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +30,6 @@ if TYPE_CHECKING:
 BK = 64  # columns of K in a slice: the width of the swizzle
 PAD = 8  # numbers between the rows of a tile that is gone through by columns
 NEAR_NATS = 40.0  # as in gla_gates: e^80, the largest product, times any operands is a finite fp32
-LOWEST_GATE = -128.0  # below it e^g is 0 in fp32 either way
-FAR_WARPS = 8
-VECTORS = {"float32": 4, "float16": 8, "bfloat16": 8}  # values of one copy
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
@@ -78,27 +77,37 @@ def factory(
     R, S, M, B, N, G = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B", "N", "G"))
 
     @T.macro
-    def fetch_rows(source, tile, tokens, i_h, column, tx, width, vector):
+    def fetch_rows(source, tile, tokens, i_h, column, tx, width):
         """A tile of rows by their tokens."""
-        for p in T.unroll(C * width // (THREADS * vector)):
+        for p in T.unroll(io.passes(C, width)):
             i = p * THREADS + tx
-            row = i // (width // vector)
-            o_d = i % (width // vector) * vector
+            row = i // (width // common.VECTOR)
+            o_d = i % (width // common.VECTOR) * common.VECTOR
             T.ptx_cp_async(
-                T.access_ptr(tile[row, o_d], "w", vector),
-                T.access_ptr(source[T.Cast("int64", tokens[row]), i_h, column + o_d], "r", vector),
-                vector,
+                T.access_ptr(tile[row, o_d], "w", common.VECTOR),
+                T.access_ptr(source[T.Cast("int64", tokens[row]), i_h, column + o_d], "r", common.VECTOR),
+                common.VECTOR,
             )
 
     @T.macro
-    def fetch_gates(source, tile, tokens, i_h, column, tx, dtype):
-        """Log-gates; copies do not convert."""
+    def fetch_gates(source, tile, tokens, writes, i_h, column, tx, dtype):
+        """Log-gates; rows that do not write keep the state."""
         if dtype == "float32":
-            fetch_rows(source, tile, tokens, i_h, column, tx, BK, VECTORS[dtype])
-        else:
+            for p in T.unroll(C * BK // (THREADS * 4)):
+                i = p * THREADS + tx
+                row = i // (BK // 4)
+                o_d = i % (BK // 4) * 4
+                T.ptx_cp_async(
+                    T.access_ptr(tile[row, o_d], "w", 4),
+                    T.access_ptr(source[T.Cast("int64", tokens[row]), i_h, column + o_d], "r", 4),
+                    4,
+                    predicate=writes[row] > 0.0,
+                )
+        else:  # copies do not convert
             for p in T.unroll(C * BK // THREADS):
                 row = p * PARTS + tx // BK
-                tile[row, tx % BK] = T.Cast("float32", source[T.Cast("int64", tokens[row]), i_h, column + tx % BK])
+                gate = T.Cast("float32", source[T.Cast("int64", tokens[row]), i_h, column + tx % BK])
+                tile[row, tx % BK] = T.if_then_else(writes[row] > 0.0, gate, 0.0)
 
     @T.macro
     def fetch_state(source, at_end, has_end, tile, i_boundary, i_state, i_h, i_k, tx):
@@ -113,23 +122,27 @@ def factory(
                     T.access_ptr(source[T.Cast("int64", i_boundary), i_h, i_k * BK + row, o_v], "r", common.VECTOR),
                     common.VECTOR,
                 )
-        elif has_end:
-            for i, j in T.Parallel(BK, V):
-                tile[i, j] = at_end[i_state, i_h, i_k * BK + i, j]
-        else:
-            for i, j in T.Parallel(BK, V):
-                tile[i, j] = 0.0
+        else:  # few chunks are at an end: a loop, so that its registers are no others' spills
+            for p in T.serial(BK * V // (THREADS * 4)):
+                i = p * THREADS + tx
+                row = i // (V // 4)
+                o_v = i % (V // 4) * 4
+                for e in T.vectorized(4):
+                    if has_end:
+                        tile[row, o_v + e] = at_end[i_state, i_h, i_k * BK + row, o_v + e]
+                    else:
+                        tile[row, o_v + e] = 0.0
 
     @T.macro
-    def fetch_slice(q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, tokens, i_seg, n_shared, i_h, i_k, tx):
+    def fetch_slice(q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, tokens, writes, i_seg, n_shared, i_h, i_k, tx):
         if i_seg < n_shared:
-            fetch_gates(shared_g, b_x, tokens, i_h, i_k * BK, tx, SHARED_GATE_DTYPE)
-            fetch_rows(shared_q, b_q, tokens, i_h, i_k * BK, tx, BK, common.VECTOR)
-            fetch_rows(shared_k, b_k, tokens, i_h, i_k * BK, tx, BK, common.VECTOR)
+            fetch_gates(shared_g, b_x, tokens, writes, i_h, i_k * BK, tx, SHARED_GATE_DTYPE)
+            fetch_rows(shared_q, b_q, tokens, i_h, i_k * BK, tx, BK)
+            fetch_rows(shared_k, b_k, tokens, i_h, i_k * BK, tx, BK)
         else:
-            fetch_gates(g, b_x, tokens, i_h, i_k * BK, tx, GATE_DTYPE)
-            fetch_rows(q, b_q, tokens, i_h, i_k * BK, tx, BK, common.VECTOR)
-            fetch_rows(k, b_k, tokens, i_h, i_k * BK, tx, BK, common.VECTOR)
+            fetch_gates(g, b_x, tokens, writes, i_h, i_k * BK, tx, GATE_DTYPE)
+            fetch_rows(q, b_q, tokens, i_h, i_k * BK, tx, BK)
+            fetch_rows(k, b_k, tokens, i_h, i_k * BK, tx, BK)
 
     @T.macro
     def second_half(b_x, b_low, columns):
@@ -144,10 +157,14 @@ def factory(
             if tx // BK * ROWS + i < n_left:
                 target[T.Cast("int64", first + tx // BK * ROWS + i), i_h, column + tx % BK] = own[i]
 
-    def z_value(high, low, i, j):
+    @T.macro
+    def take_z(b_high, b_low, b_z):
         """Z as the products take it."""
-        value = T.Cast("float32", high[i, j])
-        return value if IS_EXACT else value + T.Cast("float32", low[i, j])
+        for i, j in T.Parallel(C, BK):
+            b_z[i, j] = b_high[i, j]
+        if not IS_EXACT:
+            for i, j in T.Parallel(C, BK):
+                b_z[i, j] += T.Cast("float32", b_low[i, j])
 
     @T.macro
     def row_sums(b_terms, b_sums, into):
@@ -240,6 +257,8 @@ def factory(
             b_yq = T.alloc_fragment((C, BK), "float32")
             b_yk = T.alloc_fragment((C, BK), "float32")
             b_scores = T.alloc_fragment((C, C), "float32")
+            b_e = T.alloc_fragment((C, BK), "float32")
+            b_z = T.alloc_fragment((C, BK), "bfloat16" if IS_EXACT else "float32")
             b_hdh = T.alloc_fragment((BK, BK), "float32")
             b_terms = T.alloc_fragment((C, BK), "float32")
             b_quarters = T.alloc_fragment((4, BK), "float32")
@@ -278,11 +297,11 @@ def factory(
                     b_a[tx] = T.if_then_else(tx < n_rows, k_scale[i_h, row], 0.0)
                     b_c[tx] = T.if_then_else(tx < n_rows, q_scale[i_h, row], 0.0)
                 T.sync_threads()
-                fetch_rows(do, b_do, b_token, i_h, 0, tx, V, common.VECTOR)
-                fetch_rows(v, b_v, b_token, i_h, 0, tx, V, common.VECTOR)
+                fetch_rows(do, b_do, b_token, i_h, 0, tx, V)
+                fetch_rows(v, b_v, b_token, i_h, 0, tx, V)
                 T.ptx_commit_group()
                 fetch_slice(
-                    q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, i_seg, n_shared, i_h, 0, tx
+                    q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_seg, n_shared, i_h, 0, tx
                 )
                 T.ptx_commit_group()
                 fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, 0, tx)
@@ -300,15 +319,10 @@ def factory(
                 io.arrive(1)
 
                 for s in T.serial(NK):
-                    # log-gates to b - r
-                    for i in T.unroll(ROWS):
-                        own[i] = T.if_then_else(
-                            b_writes[tx // BK * ROWS + i] > 0.0,
-                            T.max(b_x[tx // BK * ROWS + i, tx % BK], LOWEST_GATE),
-                            0.0,
-                        )
+                    # log-gates to e^(b - r)
                     run = 0.0
                     for i in T.unroll(ROWS):
+                        own[i] = b_x[tx // BK * ROWS + i, tx % BK]
                         run += own[i]
                     b_total[tx // BK, tx % BK] = run
                     T.sync_threads()
@@ -318,7 +332,7 @@ def factory(
                             if p > tx // BK:
                                 run += b_total[p, tx % BK]
                         for i in T.unroll(ROWS):
-                            b_x[tx // BK * ROWS + ROWS - 1 - i, tx % BK] = -run
+                            b_x[tx // BK * ROWS + ROWS - 1 - i, tx % BK] = T.__exp(-run)
                             if i < ROWS - 1:
                                 run += own[ROWS - 1 - i]
                     else:
@@ -327,7 +341,7 @@ def factory(
                                 run += b_total[p + PARTS // 2, tx % BK]
                         for i in T.unroll(ROWS):
                             run += own[i]
-                            b_x[tx // BK * ROWS + i, tx % BK] = run
+                            b_x[tx // BK * ROWS + i, tx % BK] = T.__exp(run)
                     is_far = T.if_then_else(run >= -NEAR_NATS, 0, 1)  # the sums fall: run is the lowest of the part
                     if tx < BK:
                         run = 0.0
@@ -338,149 +352,158 @@ def factory(
                         for p in T.unroll(PARTS // 2):
                             run += b_total[p + PARTS // 2, tx]
                         b_second[tx] = T.exp(run)
-                    T.ptx_wait_group(0)  # h and dh: most of what follows needs them
+                    T.ptx_wait_group(0)  # h and dh
                     io.fence()
                     is_far = T.syncthreads_or(is_far)
                     if tx == 0:
-                        far[T.Cast("int64", block) * NK + s] = T.if_then_else(is_far != 0, 1, 0)
+                        far[T.Cast("int64", block) * NK + s] = is_far
 
-                    if is_far == 0:
-                        if IS_EXACT:
-                            for i, j in T.Parallel(C, BK):
-                                b_q_rows[i, j] = b_q[i, j]
-                            for i, j in T.Parallel(C, BK):
-                                b_k_rows[i, j] = b_k[i, j]
+                    mma.start(b_h, b_dh, b_hdh, transpose_B=True, clear_accum=True, policy=by_rows)
+                    for i, j in T.Parallel(C, BK):
+                        b_e[i, j] = b_x[i, j]
+                    if IS_EXACT:
                         for i, j in T.Parallel(C, BK):
-                            b_yq[i, j] = T.__exp(b_x[i, j]) * (b_q_rows[i, j] * b_c[i])
+                            b_q_rows[i, j] = b_q[i, j]
                         for i, j in T.Parallel(C, BK):
-                            b_yk[i, j] = T.__exp(-b_x[i, j]) * (b_k_rows[i, j] * b_a[i])
-                        T.copy(b_yq, b_zq)
-                        T.copy(b_yk, b_zk)
-                        if not IS_EXACT:
-                            second_half(b_yq, b_zq_low, BK)
-                            second_half(b_yk, b_zk_low, BK)
-                        io.fence()
-                        T.gemm(b_h, b_dh, b_hdh, transpose_B=True, clear_accum=True, policy=by_rows)
-                        for i, j in T.Parallel(BK, BK):
-                            if i == j:
-                                b_through[i] = b_hdh[i, j]
-                        mma.start(b_do, b_h, b_yq, transpose_B=True, clear_accum=True, policy=by_rows)
-                        mma.start(b_v, b_dh, b_yk, transpose_B=True, clear_accum=True, policy=by_rows)
-                        mma.finish(0)
-                        mma.settle(b_yq, C, BK)
-                        mma.settle(b_yk, C, BK)
-                        T.sync_threads()
+                            b_k_rows[i, j] = b_k[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_yq[i, j] = b_e[i, j] * (b_q_rows[i, j] * b_c[i])
+                    for i, j in T.Parallel(C, BK):
+                        b_yk[i, j] = T.fast_rcp(b_e[i, j]) * (b_k_rows[i, j] * b_a[i])
+                    T.copy(b_yq, b_zq)
+                    T.copy(b_yk, b_zk)
+                    if not IS_EXACT:
+                        second_half(b_yq, b_zq_low, BK)
+                        second_half(b_yk, b_zk_low, BK)
+                    io.fence()
+                    mma.start(b_do, b_h, b_yq, transpose_B=True, clear_accum=True, policy=by_rows)
+                    mma.start(b_v, b_dh, b_yk, transpose_B=True, clear_accum=True, policy=by_rows)
+                    mma.finish(0)
+                    mma.settle(b_hdh, BK, BK)
+                    mma.settle(b_yq, C, BK)
+                    mma.settle(b_yk, C, BK)
+                    for i, j in T.Parallel(BK, BK):
+                        if i == j:
+                            b_through[i] = b_hdh[i, j]
+                    T.sync_threads()
                     if s + 1 < NK:
                         fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, s + 1, tx)
                         fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, s + 1, tx)
                     T.ptx_commit_group()
-                    if is_far == 0:
-                        for i, j in T.Parallel(C, BK):
-                            b_yq[i, j] *= b_first[j]
-                        for i, j in T.Parallel(C, BK):
-                            b_yk[i, j] *= b_second[j]
-                        for i, j in T.Parallel(C, BK):
-                            b_terms[i, j] = z_value(b_zk, b_zk_low, i, j) * b_yk[i, j]
-                        T.reduce_sum(T.reshape(b_terms, (4, C // 4, BK)), b_quarters, dim=1)
-                        T.copy(b_quarters, b_state)
-                        mma.start(b_dA, b_zk, b_yq, policy=by_rows)
-                        mma.start(b_dA, b_zq, b_yk, transpose_A=True, policy=by_rows)
-                        if not IS_EXACT:
-                            mma.start(b_dA, b_zk_low, b_yq, policy=by_rows)
-                            mma.start(b_dA_low, b_zk, b_yq, policy=by_rows)
-                            mma.start(b_dA, b_zq_low, b_yk, transpose_A=True, policy=by_rows)
-                            mma.start(b_dA_low, b_zq, b_yk, transpose_A=True, policy=by_rows)
-                        mma.finish(0)
-                        mma.settle(b_yq, C, BK)
-                        mma.settle(b_yk, C, BK)
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_first[j]
+                    for i, j in T.Parallel(C, BK):
+                        b_yq[i, j] *= b_terms[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_second[j]
+                    for i, j in T.Parallel(C, BK):
+                        b_yk[i, j] *= b_terms[i, j]
+                    take_z(b_zk, b_zk_low, b_z)
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_z[i, j] * b_yk[i, j]
+                    T.reduce_sum(T.reshape(b_terms, (4, C // 4, BK)), b_quarters, dim=1)
+                    T.copy(b_quarters, b_state)
+                    mma.start(b_dA, b_zk, b_yq, policy=by_rows)
+                    mma.start(b_dA, b_zq, b_yk, transpose_A=True, policy=by_rows)
+                    if not IS_EXACT:
+                        mma.start(b_dA, b_zk_low, b_yq, policy=by_rows)
+                        mma.start(b_dA_low, b_zk, b_yq, policy=by_rows)
+                        mma.start(b_dA, b_zq_low, b_yk, transpose_A=True, policy=by_rows)
+                        mma.start(b_dA_low, b_zq, b_yk, transpose_A=True, policy=by_rows)
+                    mma.finish(0)
+                    mma.settle(b_yq, C, BK)
+                    mma.settle(b_yk, C, BK)
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_z[i, j] * b_yk[i, j]
+                    take_z(b_zq, b_zq_low, b_z)
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_z[i, j] * b_yq[i, j] - b_terms[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_x[i, j] = b_terms[i, j]
+                    T.sync_threads()
+                    for i, j in T.Parallel(C, BK):
+                        b_yq[i, j] *= b_e[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_yk[i, j] *= T.fast_rcp(b_e[i, j])
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_yq[i, j] * b_q_rows[i, j]
+                    row_sums(b_terms, b_sums, b_qx)
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_yk[i, j] * b_k_rows[i, j]
+                    row_sums(b_terms, b_sums, b_kx)
+                    if NK == 1:
+                        if NORM != "none":
+                            for i, j in T.Parallel(C, BK):
+                                b_terms[i, j] = T.Cast("float32", b_q_rows[i, j]) * b_q_rows[i, j]
+                            row_sums(b_terms, b_sums, b_qq)
+                            for i, j in T.Parallel(C, BK):
+                                b_terms[i, j] = T.Cast("float32", b_k_rows[i, j]) * b_k_rows[i, j]
+                            row_sums(b_terms, b_sums, b_kk)
                         T.sync_threads()
-                        for i, j in T.Parallel(C, BK):
-                            b_terms[i, j] = z_value(b_zq, b_zq_low, i, j) * b_yq[i, j]
-                        for i, j in T.Parallel(C, BK):
-                            b_terms[i, j] -= z_value(b_zk, b_zk_low, i, j) * b_yk[i, j]
-                        for i, j in T.Parallel(C, BK):
-                            b_yq[i, j] *= T.__exp(b_x[i, j])
-                        for i, j in T.Parallel(C, BK):
-                            b_yk[i, j] *= T.__exp(-b_x[i, j])
-                        for i, j in T.Parallel(C, BK):
-                            b_x[i, j] = b_terms[i, j]
-                        for i, j in T.Parallel(C, BK):
-                            b_terms[i, j] = b_yq[i, j] * b_q_rows[i, j]
-                        row_sums(b_terms, b_sums, b_qx)
-                        for i, j in T.Parallel(C, BK):
-                            b_terms[i, j] = b_yk[i, j] * b_k_rows[i, j]
-                        row_sums(b_terms, b_sums, b_kx)
-                        if NK == 1:
-                            if NORM != "none":
-                                for i, j in T.Parallel(C, BK):
-                                    b_terms[i, j] = T.Cast("float32", b_q_rows[i, j]) * b_q_rows[i, j]
-                                row_sums(b_terms, b_sums, b_qq)
-                                for i, j in T.Parallel(C, BK):
-                                    b_terms[i, j] = T.Cast("float32", b_k_rows[i, j]) * b_k_rows[i, j]
-                                row_sums(b_terms, b_sums, b_kk)
-                            T.sync_threads()
-                            if tx < n_rows:
-                                weight = weights[T.Cast("int64", slot)]
-                                d_weight = 0.0
-                                norm_terms(
-                                    in_all(b_qx, tx), in_all(b_qq, tx), weight, part, d_weight, lane < READERS, scale
-                                )
-                                b_q_part[tx] = part
-                                norm_terms(
-                                    in_all(b_kx, tx), in_all(b_kk, tx), weight, part, d_weight, lane < WRITERS, 1.0
-                                )
-                                b_k_part[tx] = part
-                                if i_seg >= n_shared:
-                                    de_rows[i_h, T.Cast("int64", first + tx) - n_shared_rows] = d_weight
-                            T.sync_threads()
-                            if NORM != "none":
-                                for i, j in T.Parallel(C, BK):
-                                    b_yq[i, j] -= b_q_part[i] * b_q_rows[i, j]
-                                for i, j in T.Parallel(C, BK):
-                                    b_yk[i, j] -= b_k_part[i] * b_k_rows[i, j]
-                        for i, j in T.Parallel(C, BK):
-                            b_q[i, j] = b_c[i] * b_yq[i, j]
-                        for i, j in T.Parallel(C, BK):
-                            b_k[i, j] = b_a[i] * b_yk[i, j]
+                        if tx < n_rows:
+                            weight = weights[T.Cast("int64", slot)]
+                            d_weight = 0.0
+                            norm_terms(
+                                in_all(b_qx, tx), in_all(b_qq, tx), weight, part, d_weight, lane < READERS, scale
+                            )
+                            b_q_part[tx] = part
+                            norm_terms(
+                                in_all(b_kx, tx), in_all(b_kk, tx), weight, part, d_weight, lane < WRITERS, 1.0
+                            )
+                            b_k_part[tx] = part
+                            if i_seg >= n_shared:
+                                de_rows[i_h, T.Cast("int64", first + tx) - n_shared_rows] = d_weight
                         T.sync_threads()
+                        if NORM != "none":
+                            for i, j in T.Parallel(C, BK):
+                                b_yq[i, j] -= b_q_part[i] * b_q_rows[i, j]
+                            for i, j in T.Parallel(C, BK):
+                                b_yk[i, j] -= b_k_part[i] * b_k_rows[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_q[i, j] = b_c[i] * b_yq[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_k[i, j] = b_a[i] * b_yk[i, j]
+                    T.sync_threads()
 
-                        if i_seg < n_shared:
-                            if HAS_SHARED:
-                                io.store_rows(b_q, d_shared_q, first, n_rows, i_h, s * BK, tx, C, BK)
-                                io.store_rows(b_k, d_shared_k, first, n_rows, i_h, s * BK, tx, C, BK)
-                        else:
-                            io.store_rows(b_q, dq_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
-                            io.store_rows(b_k, dk_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
-                        run = 0.0
-                        for i in T.unroll(ROWS):
-                            own[i] = b_x[tx // BK * ROWS + i, tx % BK]
-                            run += own[i]
-                        b_total[tx // BK, tx % BK] = run
-                        if NK > 1:
-                            if tx < n_rows:
-                                sums[0, s, i_h, T.Cast("int64", first + tx)] = in_all(b_qx, tx)
-                                sums[1, s, i_h, T.Cast("int64", first + tx)] = in_all(b_kx, tx)
-                        T.sync_threads()
-                        run = b_through[tx % BK] * b_first[tx % BK] * b_second[tx % BK]
-                        for p in T.unroll(4):
-                            run += b_state[p, tx % BK]
-                        for p in T.unroll(PARTS):
-                            if p > tx // BK:
-                                run += b_total[p, tx % BK]
-                        for i in T.unroll(ROWS):
-                            run += own[ROWS - 1 - i]
+                    if i_seg < n_shared:
+                        if HAS_SHARED:
+                            io.store_rows(b_q, d_shared_q, first, n_rows, i_h, s * BK, tx, C, BK)
+                            io.store_rows(b_k, d_shared_k, first, n_rows, i_h, s * BK, tx, C, BK)
+                    else:
+                        io.store_rows(b_q, dq_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
+                        io.store_rows(b_k, dk_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
+                    run = 0.0
+                    for i in T.unroll(ROWS):
+                        own[i] = b_x[tx // BK * ROWS + i, tx % BK]
+                        run += own[i]
+                    b_total[tx // BK, tx % BK] = run
+                    if NK > 1:
+                        if tx < n_rows:
+                            sums[0, s, i_h, T.Cast("int64", first + tx)] = in_all(b_qx, tx)
+                            sums[1, s, i_h, T.Cast("int64", first + tx)] = in_all(b_kx, tx)
+                    T.sync_threads()
+                    run = b_through[tx % BK] * b_first[tx % BK] * b_second[tx % BK]
+                    for p in T.unroll(4):
+                        run += b_state[p, tx % BK]
+                    for p in T.unroll(PARTS):
+                        if p > tx // BK:
+                            run += b_total[p, tx % BK]
+                    for i in T.unroll(ROWS):
+                        run += own[ROWS - 1 - i]
+                        own[ROWS - 1 - i] = run
+                        if WRITERS < L:
                             own[ROWS - 1 - i] = T.if_then_else(
                                 b_writes[tx // BK * ROWS + ROWS - 1 - i] > 0.0, run, 0.0
                             )
-                        if i_seg < n_shared:
-                            if HAS_SHARED:
-                                store_gates(d_shared_g, own, first, n_rows, i_h, s * BK, tx)
-                        else:
-                            store_gates(dg_rows, own, first - n_shared_rows, n_rows, i_h, s * BK, tx)
-                        T.sync_threads()
+                    if i_seg < n_shared:
+                        if HAS_SHARED:
+                            store_gates(d_shared_g, own, first, n_rows, i_h, s * BK, tx)
+                    else:
+                        store_gates(dg_rows, own, first - n_shared_rows, n_rows, i_h, s * BK, tx)
+                    T.sync_threads()
                     if s + 1 < NK:
                         fetch_slice(
-                            q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, i_seg, n_shared, i_h, s + 1,
+                            q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_seg, n_shared, i_h, s + 1,
                             tx,
                         )  # fmt: skip
                     T.ptx_commit_group()
@@ -490,13 +513,22 @@ def factory(
 
 
 def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
+    """Triton's launches, with this kernel in the place of the first of them."""
+
+    def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int, num_stages: int) -> None:
+        if kernel is gla_gradients_sliced.gla_slice_kernel:
+            launch_near(call, tensors, args["far"], args["sums"])
+        else:
+            call.launch(kernel, grid, args, num_warps=num_warps, num_stages=num_stages)
+
+    config = Config({**call.config, "block_k": BK, "block_v": BK, "num_stages": 1})
+    gla_gradients_sliced.run(dataclasses.replace(call, config=config, launch=launch), tensors)
+
+
+def launch_near(
+    call: Call, tensors: "Mapping[str, torch.Tensor]", far: "torch.Tensor", sums: "torch.Tensor"
+) -> None:
     problem, sizes = call.sizes.problem, call.sizes
-    slices, blocks = problem.key_dim // BK, sizes.chunks * problem.num_heads
-    warps, k_scale = int(call.config["num_warps"]), tensors["k_scale"]
-    scratch = dict(
-        far=tensors["perm"].new_empty(blocks * slices),
-        sums=k_scale.new_empty((2, slices, *k_scale.shape)) if slices > 1 else k_scale,
-    )
     dtypes = {
         f"{name}_dtype".upper(): str(tensors[tensor].dtype).removeprefix("torch.")
         for name, tensor in (("gate", "g"), ("shared_gate", "shared_g"))
@@ -512,12 +544,19 @@ def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
         "de_rows", *(f"d_shared_{name}" for name in ("q", "k", "g") if problem.shared),
         *(name for name in ("initial_state", "d_final_state") if name in tensors),
     )  # fmt: skip
-    arguments = {**common.streams(tensors, "q", "k", "g"), **common.row_arguments(call, tensors, *names), **scratch}
+    blocks = sizes.chunks * problem.num_heads
+    arguments = {**common.streams(tensors, "q", "k", "g"), **common.row_arguments(call, tensors, *names)}
     arguments |= dict(
-        scale=call.scale, n_shared_rows=sizes.shared_rows, n_blocks=blocks, N=sizes.chunks,
+        far=far, sums=sums, scale=call.scale, n_shared_rows=sizes.shared_rows, n_blocks=blocks, N=sizes.chunks,
         G=max(1, sizes.sparse_rows),
     )  # fmt: skip
-    call.launch(common.program(__name__, "factory", values), (blocks,), arguments, num_warps=warps, num_stages=1)
+    call.launch(
+        common.program(__name__, "factory", values), (blocks,), arguments, num_warps=int(call.config["num_warps"]),
+        num_stages=1,
+    )
 
 
-TEMPLATE = Template("tilelang", "gla_gradients", "gradients", ("gla",), SPACE, run, (__name__, common.MODULE))
+TEMPLATE = Template(
+    "tilelang", "gla_gradients", "gradients", ("gla",), SPACE, run,
+    (__name__, common.MODULE, *gla_gradients_sliced.TEMPLATE.sources),
+)  # fmt: skip
