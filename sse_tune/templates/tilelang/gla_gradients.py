@@ -177,20 +177,23 @@ def factory(
             total += parts[i, side]
         return total
 
-    @T.macro
-    def norm_terms(dot, square, weight, part, d_weight, in_role, factor):
-        """What the gradients of a row and of its weight take from the norm."""
+    def norm_part(dot, square, weight):
+        """κ: the gradient of a row x with scale s and gradient X of s x is s (X - κ x)."""
         if NORM == "none":
-            part = 0.0
-            d_weight += T.if_then_else(in_role, dot * factor, 0.0)
-        elif NORM == "after":
+            return 0.0
+        if NORM == "after":
             rho = T.rsqrt(square + EPS)
-            part = rho * rho * dot
-            d_weight += T.if_then_else(in_role, rho * dot * factor, 0.0)
-        else:
-            rho = T.rsqrt(weight * weight * square + EPS)
-            part = weight * rho * (weight * rho) * dot
-            d_weight += T.if_then_else(in_role, dot * EPS * rho * rho * rho * factor, 0.0)
+            return rho * rho * dot
+        rho = T.rsqrt(weight * weight * square + EPS)
+        return weight * rho * (weight * rho) * dot
+
+    def weight_gradient(dot, square, weight):
+        if NORM == "none":
+            return dot
+        if NORM == "after":
+            return T.rsqrt(square + EPS) * dot
+        rho = T.rsqrt(weight * weight * square + EPS)
+        return dot * EPS * rho * rho * rho
 
     @T.prim_func
     def gla_gradients(
@@ -265,8 +268,6 @@ def factory(
             b_sums = T.alloc_fragment((C, SIDES), "float32")
             own = T.alloc_local((ROWS,), "float32")
             run = T.alloc_var("float32")
-            d_weight = T.alloc_var("float32")
-            part = T.alloc_var("float32")
             is_far = T.alloc_var("int32")
             if IS_EXACT:
                 b_q_rows = T.alloc_fragment((C, BK), DTYPE)
@@ -442,17 +443,14 @@ def factory(
                         T.sync_threads()
                         if tx < n_rows:
                             weight = weights[T.Cast("int64", slot)]
-                            d_weight = 0.0
-                            norm_terms(
-                                in_all(b_qx, tx), in_all(b_qq, tx), weight, part, d_weight, lane < READERS, scale
-                            )
-                            b_q_part[tx] = part
-                            norm_terms(
-                                in_all(b_kx, tx), in_all(b_kk, tx), weight, part, d_weight, lane < WRITERS, 1.0
-                            )
-                            b_k_part[tx] = part
+                            b_q_part[tx] = norm_part(in_all(b_qx, tx), in_all(b_qq, tx), weight)
+                            b_k_part[tx] = norm_part(in_all(b_kx, tx), in_all(b_kk, tx), weight)
                             if i_seg >= n_shared:
-                                de_rows[i_h, T.Cast("int64", first + tx) - n_shared_rows] = d_weight
+                                by_q = scale * weight_gradient(in_all(b_qx, tx), in_all(b_qq, tx), weight)
+                                by_k = weight_gradient(in_all(b_kx, tx), in_all(b_kk, tx), weight)
+                                de_rows[i_h, T.Cast("int64", first + tx) - n_shared_rows] = T.if_then_else(
+                                    lane < READERS, by_q, 0.0
+                                ) + T.if_then_else(lane < WRITERS, by_k, 0.0)
                         T.sync_threads()
                         if NORM != "none":
                             for i, j in T.Parallel(C, BK):
