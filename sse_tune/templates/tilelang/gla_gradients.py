@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
-from sse_tune.templates.registry import Call, Template
-from sse_tune.templates.tilelang import common
-from sse_tune.templates.triton import gla_gradients_sliced
+from sse_tune.templates.registry import Call, Template, find_template
+from sse_tune.templates.tilelang import common, gla_tiles
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +29,12 @@ if TYPE_CHECKING:
 BK = 64  # columns of K in a slice: the width of the swizzle
 PAD = 8  # numbers between the rows of a tile that is gone through by columns
 NEAR_NATS = 40.0  # as in gla_gates: e^80, the largest product, times any operands is a finite fp32
+
+# the modules of the template whose other launches follow
+OTHERS = tuple(
+    f"sse_tune.templates.triton.{name}"
+    for name in ("gla_gradients_sliced", "common", "gla_gates", "gla_gradients_far", "gla_slices")
+)
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
@@ -67,133 +72,15 @@ def factory(
 
     io = common.copies(T, THREADS, L, CAPABILITY)
     mma = common.products(T, THREADS, CAPABILITY)
+    tiles = gla_tiles.copies(T, io, THREADS, C, BK, V)
     by_rows = T.GemmWarpPolicy.FullRow
     SIDES = THREADS // 128  # warps beside each other along the columns of a product
     NK = K // BK
     PARTS = THREADS // BK
     ROWS = C // PARTS  # of a part of a column
     IS_EXACT = DTYPE == "bfloat16"  # Z and dA are one operand of bf16 each
-    EPS = 1e-6
+    terms = gla_tiles.terms(T, C, BK, SIDES, IS_EXACT)
     R, S, M, B, N, G = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B", "N", "G"))
-
-    @T.macro
-    def fetch_rows(source, tile, tokens, i_h, column, tx, width):
-        """A tile of rows by their tokens."""
-        for p in T.unroll(io.passes(C, width)):
-            i = p * THREADS + tx
-            row = i // (width // common.VECTOR)
-            o_d = i % (width // common.VECTOR) * common.VECTOR
-            T.ptx_cp_async(
-                T.access_ptr(tile[row, o_d], "w", common.VECTOR),
-                T.access_ptr(source[T.Cast("int64", tokens[row]), i_h, column + o_d], "r", common.VECTOR),
-                common.VECTOR,
-            )
-
-    @T.macro
-    def fetch_gates(source, tile, tokens, writes, i_h, column, tx, dtype):
-        """Log-gates; rows that do not write keep the state."""
-        if dtype == "float32":
-            for p in T.unroll(C * BK // (THREADS * 4)):
-                i = p * THREADS + tx
-                row = i // (BK // 4)
-                o_d = i % (BK // 4) * 4
-                T.ptx_cp_async(
-                    T.access_ptr(tile[row, o_d], "w", 4),
-                    T.access_ptr(source[T.Cast("int64", tokens[row]), i_h, column + o_d], "r", 4),
-                    4,
-                    predicate=writes[row] > 0.0,
-                )
-        else:  # copies do not convert
-            for p in T.unroll(C * BK // THREADS):
-                row = p * PARTS + tx // BK
-                gate = T.Cast("float32", source[T.Cast("int64", tokens[row]), i_h, column + tx % BK])
-                tile[row, tx % BK] = T.if_then_else(writes[row] > 0.0, gate, 0.0)
-
-    @T.macro
-    def fetch_state(source, at_end, has_end, tile, i_boundary, i_state, i_h, i_k, tx):
-        """Rows of K of the state at a boundary; at a segment's end of the call's own, or 0."""
-        if i_boundary >= 0:
-            for p in T.unroll(io.passes(BK, V)):
-                i = p * THREADS + tx
-                row = i // (V // common.VECTOR)
-                o_v = i % (V // common.VECTOR) * common.VECTOR
-                T.ptx_cp_async(
-                    T.access_ptr(tile[row, o_v], "w", common.VECTOR),
-                    T.access_ptr(source[T.Cast("int64", i_boundary), i_h, i_k * BK + row, o_v], "r", common.VECTOR),
-                    common.VECTOR,
-                )
-        else:  # few chunks are at an end: a loop, so that its registers are no others' spills
-            for p in T.serial(BK * V // (THREADS * 4)):
-                i = p * THREADS + tx
-                row = i // (V // 4)
-                o_v = i % (V // 4) * 4
-                for e in T.vectorized(4):
-                    if has_end:
-                        tile[row, o_v + e] = at_end[i_state, i_h, i_k * BK + row, o_v + e]
-                    else:
-                        tile[row, o_v + e] = 0.0
-
-    @T.macro
-    def fetch_slice(q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, tokens, writes, i_seg, n_shared, i_h, i_k, tx):
-        if i_seg < n_shared:
-            fetch_gates(shared_g, b_x, tokens, writes, i_h, i_k * BK, tx, SHARED_GATE_DTYPE)
-            fetch_rows(shared_q, b_q, tokens, i_h, i_k * BK, tx, BK)
-            fetch_rows(shared_k, b_k, tokens, i_h, i_k * BK, tx, BK)
-        else:
-            fetch_gates(g, b_x, tokens, writes, i_h, i_k * BK, tx, GATE_DTYPE)
-            fetch_rows(q, b_q, tokens, i_h, i_k * BK, tx, BK)
-            fetch_rows(k, b_k, tokens, i_h, i_k * BK, tx, BK)
-
-    @T.macro
-    def second_half(b_x, b_low, columns):
-        """What one operand of bf16 leaves of a tile of fp32."""
-        for i, j in T.Parallel(C, columns):
-            b_low[i, j] = b_x[i, j] - T.Cast("float32", T.Cast("bfloat16", b_x[i, j]))
-
-    @T.macro
-    def store_gates(target, own, first, n_left, i_h, column, tx):
-        """A part of a column; rows past the end of the chunk are the next one's."""
-        for i in T.unroll(ROWS):
-            if tx // BK * ROWS + i < n_left:
-                target[T.Cast("int64", first + tx // BK * ROWS + i), i_h, column + tx % BK] = own[i]
-
-    @T.macro
-    def take_z(b_high, b_low, b_z):
-        """Z as the products take it."""
-        for i, j in T.Parallel(C, BK):
-            b_z[i, j] = b_high[i, j]
-        if not IS_EXACT:
-            for i, j in T.Parallel(C, BK):
-                b_z[i, j] += T.Cast("float32", b_low[i, j])
-
-    @T.macro
-    def row_sums(b_terms, b_sums, into):
-        T.reduce_sum(T.reshape(b_terms, (C, SIDES, BK // SIDES)), b_sums, dim=2)
-        T.copy(b_sums, into)
-
-    def in_all(parts, i):
-        total = parts[i, 0]
-        for side in range(1, SIDES):
-            total += parts[i, side]
-        return total
-
-    def norm_part(dot, square, weight):
-        """κ: the gradient of a row x with scale s and gradient X of s x is s (X - κ x)."""
-        if NORM == "none":
-            return 0.0
-        if NORM == "after":
-            rho = T.rsqrt(square + EPS)
-            return rho * rho * dot
-        rho = T.rsqrt(weight * weight * square + EPS)
-        return weight * rho * (weight * rho) * dot
-
-    def weight_gradient(dot, square, weight):
-        if NORM == "none":
-            return dot
-        if NORM == "after":
-            return T.rsqrt(square + EPS) * dot
-        rho = T.rsqrt(weight * weight * square + EPS)
-        return dot * EPS * rho * rho * rho
 
     @T.prim_func
     def gla_gradients(
@@ -240,7 +127,7 @@ def factory(
             b_dh = T.alloc_shared((BK, V), DTYPE)
             b_q = T.alloc_shared((C, BK), DTYPE)  # then Zq where that is of this dtype; then the gradient
             b_k = T.alloc_shared((C, BK), DTYPE)  # the same
-            b_x = T.alloc_shared((C, BK + PAD), "float32")  # log-gates, then b - r, then db
+            b_x = T.alloc_shared((C, BK + PAD), "float32")  # log-gates, then E, then db
             b_dA = T.alloc_shared((C, C), "bfloat16")
             b_total = T.alloc_shared((PARTS, BK), "float32", scope="shared")
             b_state = T.alloc_shared((4, BK), "float32", scope="shared")
@@ -298,15 +185,16 @@ def factory(
                     b_a[tx] = T.if_then_else(tx < n_rows, k_scale[i_h, row], 0.0)
                     b_c[tx] = T.if_then_else(tx < n_rows, q_scale[i_h, row], 0.0)
                 T.sync_threads()
-                fetch_rows(do, b_do, b_token, i_h, 0, tx, V)
-                fetch_rows(v, b_v, b_token, i_h, 0, tx, V)
+                tiles.fetch_rows(do, b_do, b_token, i_h, 0, tx, V)
+                tiles.fetch_rows(v, b_v, b_token, i_h, 0, tx, V)
                 T.ptx_commit_group()
-                fetch_slice(
-                    q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_seg, n_shared, i_h, 0, tx
-                )
+                tiles.fetch_slice(
+                    q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_seg, n_shared, i_h, 0, tx,
+                    GATE_DTYPE, SHARED_GATE_DTYPE,
+                )  # fmt: skip
                 T.ptx_commit_group()
-                fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, 0, tx)
-                fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, 0, tx)
+                tiles.fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, 0, tx)
+                tiles.fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, 0, tx)
                 T.ptx_commit_group()
 
                 io.arrive(2)
@@ -315,7 +203,7 @@ def factory(
                     b_scores[i, j] = T.if_then_else(i >= j, b_scores[i, j], 0.0)
                 T.copy(b_scores, b_dA)
                 if not IS_EXACT:
-                    second_half(b_scores, b_dA_low, C)
+                    terms.second_half(b_scores, b_dA_low, C)
                 io.fence()
                 io.arrive(1)
 
@@ -374,8 +262,8 @@ def factory(
                     T.copy(b_yq, b_zq)
                     T.copy(b_yk, b_zk)
                     if not IS_EXACT:
-                        second_half(b_yq, b_zq_low, BK)
-                        second_half(b_yk, b_zk_low, BK)
+                        terms.second_half(b_yq, b_zq_low, BK)
+                        terms.second_half(b_yk, b_zk_low, BK)
                     io.fence()
                     mma.start(b_do, b_h, b_yq, transpose_B=True, clear_accum=True, policy=by_rows)
                     mma.start(b_v, b_dh, b_yk, transpose_B=True, clear_accum=True, policy=by_rows)
@@ -388,8 +276,8 @@ def factory(
                             b_through[i] = b_hdh[i, j]
                     T.sync_threads()
                     if s + 1 < NK:
-                        fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, s + 1, tx)
-                        fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, s + 1, tx)
+                        tiles.fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, s + 1, tx)
+                        tiles.fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, s + 1, tx)
                     T.ptx_commit_group()
                     for i, j in T.Parallel(C, BK):
                         b_terms[i, j] = b_first[j]
@@ -399,7 +287,7 @@ def factory(
                         b_terms[i, j] = b_second[j]
                     for i, j in T.Parallel(C, BK):
                         b_yk[i, j] *= b_terms[i, j]
-                    take_z(b_zk, b_zk_low, b_z)
+                    terms.take_z(b_zk, b_zk_low, b_z)
                     for i, j in T.Parallel(C, BK):
                         b_terms[i, j] = b_z[i, j] * b_yk[i, j]
                     T.reduce_sum(T.reshape(b_terms, (4, C // 4, BK)), b_quarters, dim=1)
@@ -416,7 +304,7 @@ def factory(
                     mma.settle(b_yk, C, BK)
                     for i, j in T.Parallel(C, BK):
                         b_terms[i, j] = b_z[i, j] * b_yk[i, j]
-                    take_z(b_zq, b_zq_low, b_z)
+                    terms.take_z(b_zq, b_zq_low, b_z)
                     for i, j in T.Parallel(C, BK):
                         b_terms[i, j] = b_z[i, j] * b_yq[i, j] - b_terms[i, j]
                     for i, j in T.Parallel(C, BK):
@@ -428,26 +316,26 @@ def factory(
                         b_yk[i, j] *= T.fast_rcp(b_e[i, j])
                     for i, j in T.Parallel(C, BK):
                         b_terms[i, j] = b_yq[i, j] * b_q_rows[i, j]
-                    row_sums(b_terms, b_sums, b_qx)
+                    terms.row_sums(b_terms, b_sums, b_qx)
                     for i, j in T.Parallel(C, BK):
                         b_terms[i, j] = b_yk[i, j] * b_k_rows[i, j]
-                    row_sums(b_terms, b_sums, b_kx)
+                    terms.row_sums(b_terms, b_sums, b_kx)
                     if NK == 1:
                         if NORM != "none":
                             for i, j in T.Parallel(C, BK):
                                 b_terms[i, j] = T.Cast("float32", b_q_rows[i, j]) * b_q_rows[i, j]
-                            row_sums(b_terms, b_sums, b_qq)
+                            terms.row_sums(b_terms, b_sums, b_qq)
                             for i, j in T.Parallel(C, BK):
                                 b_terms[i, j] = T.Cast("float32", b_k_rows[i, j]) * b_k_rows[i, j]
-                            row_sums(b_terms, b_sums, b_kk)
+                            terms.row_sums(b_terms, b_sums, b_kk)
                         T.sync_threads()
                         if tx < n_rows:
                             weight = weights[T.Cast("int64", slot)]
-                            b_q_part[tx] = norm_part(in_all(b_qx, tx), in_all(b_qq, tx), weight)
-                            b_k_part[tx] = norm_part(in_all(b_kx, tx), in_all(b_kk, tx), weight)
+                            b_q_part[tx] = gla_tiles.norm_part(T, NORM, terms.in_all(b_qx, tx), terms.in_all(b_qq, tx), weight)
+                            b_k_part[tx] = gla_tiles.norm_part(T, NORM, terms.in_all(b_kx, tx), terms.in_all(b_kk, tx), weight)
                             if i_seg >= n_shared:
-                                by_q = scale * weight_gradient(in_all(b_qx, tx), in_all(b_qq, tx), weight)
-                                by_k = weight_gradient(in_all(b_kx, tx), in_all(b_kk, tx), weight)
+                                by_q = scale * gla_tiles.weight_gradient(T, NORM, terms.in_all(b_qx, tx), terms.in_all(b_qq, tx), weight)
+                                by_k = gla_tiles.weight_gradient(T, NORM, terms.in_all(b_kx, tx), terms.in_all(b_kk, tx), weight)
                                 de_rows[i_h, T.Cast("int64", first + tx) - n_shared_rows] = T.if_then_else(
                                     lane < READERS, by_q, 0.0
                                 ) + T.if_then_else(lane < WRITERS, by_k, 0.0)
@@ -477,8 +365,8 @@ def factory(
                     b_total[tx // BK, tx % BK] = run
                     if NK > 1:
                         if tx < n_rows:
-                            sums[0, s, i_h, T.Cast("int64", first + tx)] = in_all(b_qx, tx)
-                            sums[1, s, i_h, T.Cast("int64", first + tx)] = in_all(b_kx, tx)
+                            sums[0, s, i_h, T.Cast("int64", first + tx)] = terms.in_all(b_qx, tx)
+                            sums[1, s, i_h, T.Cast("int64", first + tx)] = terms.in_all(b_kx, tx)
                     T.sync_threads()
                     run = b_through[tx % BK] * b_first[tx % BK] * b_second[tx % BK]
                     for p in T.unroll(4):
@@ -495,14 +383,14 @@ def factory(
                             )
                     if i_seg < n_shared:
                         if HAS_SHARED:
-                            store_gates(d_shared_g, own, first, n_rows, i_h, s * BK, tx)
+                            tiles.store_gates(d_shared_g, own, first, n_rows, i_h, s * BK, tx)
                     else:
-                        store_gates(dg_rows, own, first - n_shared_rows, n_rows, i_h, s * BK, tx)
+                        tiles.store_gates(dg_rows, own, first - n_shared_rows, n_rows, i_h, s * BK, tx)
                     T.sync_threads()
                     if s + 1 < NK:
-                        fetch_slice(
+                        tiles.fetch_slice(
                             q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_seg, n_shared, i_h, s + 1,
-                            tx,
+                            tx, GATE_DTYPE, SHARED_GATE_DTYPE,
                         )  # fmt: skip
                     T.ptx_commit_group()
                     io.arrive(0)
@@ -511,16 +399,20 @@ def factory(
 
 
 def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
-    """Triton's launches, with this kernel in the place of the first of them."""
+    """The launches of Triton's template, with this kernel in the place of the first, that for near gates."""
+    launched = 0
 
     def launch(kernel: Any, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int, num_stages: int) -> None:
-        if kernel is gla_gradients_sliced.gla_slice_kernel:
+        nonlocal launched
+        launched += 1
+        if launched == 1:
             launch_near(call, tensors, args["far"], args["sums"])
         else:
             call.launch(kernel, grid, args, num_warps=num_warps, num_stages=num_stages)
 
     config = Config({**call.config, "block_k": BK, "block_v": BK, "num_stages": 1})
-    gla_gradients_sliced.run(dataclasses.replace(call, config=config, launch=launch), tensors)
+    others = find_template("triton", "gla_gradients_sliced")
+    others.run(dataclasses.replace(call, config=config, launch=launch), tensors)
 
 
 def launch_near(
@@ -548,13 +440,12 @@ def launch_near(
         far=far, sums=sums, scale=call.scale, n_shared_rows=sizes.shared_rows, n_blocks=blocks, N=sizes.chunks,
         G=max(1, sizes.sparse_rows),
     )  # fmt: skip
-    call.launch(
-        common.program(__name__, "factory", values), (blocks,), arguments, num_warps=int(call.config["num_warps"]),
-        num_stages=1,
-    )
+    near = common.program(__name__, "factory", values)
+    near = dataclasses.replace(near, sources=(*near.sources, gla_tiles.MODULE))
+    call.launch(near, (blocks,), arguments, num_warps=int(call.config["num_warps"]), num_stages=1)
 
 
 TEMPLATE = Template(
     "tilelang", "gla_gradients", "gradients", ("gla",), SPACE, run,
-    (__name__, common.MODULE, *gla_gradients_sliced.TEMPLATE.sources),
+    (__name__, common.MODULE, gla_tiles.MODULE, *OTHERS),
 )  # fmt: skip
