@@ -73,13 +73,14 @@ def factory(
     io = common.copies(T, THREADS, L, CAPABILITY)
     mma = common.products(T, THREADS, CAPABILITY)
     tiles = gla_tiles.copies(T, io, THREADS, C, BK, V)
+    columns = gla_tiles.columns(T, THREADS, C, BK)
     by_rows = T.GemmWarpPolicy.FullRow
     SIDES = THREADS // 128  # warps beside each other along the columns of a product
     NK = K // BK
     PARTS = THREADS // BK
     ROWS = C // PARTS  # of a part of a column
     IS_EXACT = DTYPE == "bfloat16"  # Z and dA are one operand of bf16 each
-    terms = gla_tiles.terms(T, C, BK, SIDES, IS_EXACT)
+    terms = gla_tiles.terms(T, C, BK, SIDES, IS_EXACT, NORM)
     R, S, M, B, N, G = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B", "N", "G"))
 
     @T.prim_func
@@ -154,7 +155,7 @@ def factory(
             b_quarters = T.alloc_fragment((4, BK), "float32")
             b_sums = T.alloc_fragment((C, SIDES), "float32")
             own = T.alloc_local((ROWS,), "float32")
-            run = T.alloc_var("float32")
+            run = T.alloc_local((1,), "float32")
             is_far = T.alloc_var("int32")
             if IS_EXACT:
                 b_q_rows = T.alloc_fragment((C, BK), DTYPE)
@@ -188,10 +189,10 @@ def factory(
                 tiles.fetch_rows(do, b_do, b_token, i_h, 0, tx, V)
                 tiles.fetch_rows(v, b_v, b_token, i_h, 0, tx, V)
                 T.ptx_commit_group()
-                tiles.fetch_slice(
-                    q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_seg, n_shared, i_h, 0, tx,
-                    GATE_DTYPE, SHARED_GATE_DTYPE,
-                )  # fmt: skip
+                if i_seg < n_shared:
+                    tiles.fetch_slice(shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_h, 0, tx)
+                else:
+                    tiles.fetch_slice(q, k, g, b_q, b_k, b_x, b_token, b_writes, i_h, 0, tx)
                 T.ptx_commit_group()
                 tiles.fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, 0, tx)
                 tiles.fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, 0, tx)
@@ -208,39 +209,13 @@ def factory(
                 io.arrive(1)
 
                 for s in T.serial(NK):
-                    # log-gates to e^(b - r)
-                    run = 0.0
-                    for i in T.unroll(ROWS):
-                        own[i] = b_x[tx // BK * ROWS + i, tx % BK]
-                        run += own[i]
-                    b_total[tx // BK, tx % BK] = run
+                    columns.take(b_x, own, b_total, tx)
                     T.sync_threads()
-                    run = 0.0
-                    if tx // BK < PARTS // 2:
-                        for p in T.unroll(PARTS // 2):
-                            if p > tx // BK:
-                                run += b_total[p, tx % BK]
-                        for i in T.unroll(ROWS):
-                            b_x[tx // BK * ROWS + ROWS - 1 - i, tx % BK] = T.__exp(-run)
-                            if i < ROWS - 1:
-                                run += own[ROWS - 1 - i]
-                    else:
-                        for p in T.unroll(PARTS // 2):
-                            if p + PARTS // 2 < tx // BK:
-                                run += b_total[p + PARTS // 2, tx % BK]
-                        for i in T.unroll(ROWS):
-                            run += own[i]
-                            b_x[tx // BK * ROWS + i, tx % BK] = T.__exp(run)
-                    is_far = T.if_then_else(run >= -NEAR_NATS, 0, 1)  # the sums fall: run is the lowest of the part
+                    columns.decays(b_x, own, b_total, run, tx)
+                    is_far = T.if_then_else(run[0] >= -NEAR_NATS, 0, 1)
                     if tx < BK:
-                        run = 0.0
-                        for p in T.unroll(PARTS // 2):
-                            run += b_total[p, tx]
-                        b_first[tx] = T.exp(run)
-                        run = 0.0
-                        for p in T.unroll(PARTS // 2):
-                            run += b_total[p + PARTS // 2, tx]
-                        b_second[tx] = T.exp(run)
+                        b_first[tx] = T.exp(columns.half(b_total, 0, tx))
+                        b_second[tx] = T.exp(columns.half(b_total, 1, tx))
                     T.ptx_wait_group(0)  # h and dh
                     io.fence()
                     is_far = T.syncthreads_or(is_far)
@@ -279,14 +254,8 @@ def factory(
                         tiles.fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, s + 1, tx)
                         tiles.fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, s + 1, tx)
                     T.ptx_commit_group()
-                    for i, j in T.Parallel(C, BK):
-                        b_terms[i, j] = b_first[j]
-                    for i, j in T.Parallel(C, BK):
-                        b_yq[i, j] *= b_terms[i, j]
-                    for i, j in T.Parallel(C, BK):
-                        b_terms[i, j] = b_second[j]
-                    for i, j in T.Parallel(C, BK):
-                        b_yk[i, j] *= b_terms[i, j]
+                    terms.scale_columns(b_yq, b_first, b_terms)
+                    terms.scale_columns(b_yk, b_second, b_terms)
                     terms.take_z(b_zk, b_zk_low, b_z)
                     for i, j in T.Parallel(C, BK):
                         b_terms[i, j] = b_z[i, j] * b_yk[i, j]
@@ -331,11 +300,11 @@ def factory(
                         T.sync_threads()
                         if tx < n_rows:
                             weight = weights[T.Cast("int64", slot)]
-                            b_q_part[tx] = gla_tiles.norm_part(T, NORM, terms.in_all(b_qx, tx), terms.in_all(b_qq, tx), weight)
-                            b_k_part[tx] = gla_tiles.norm_part(T, NORM, terms.in_all(b_kx, tx), terms.in_all(b_kk, tx), weight)
+                            b_q_part[tx] = terms.norm_part(b_qx, b_qq, tx, weight)
+                            b_k_part[tx] = terms.norm_part(b_kx, b_kk, tx, weight)
                             if i_seg >= n_shared:
-                                by_q = scale * gla_tiles.weight_gradient(T, NORM, terms.in_all(b_qx, tx), terms.in_all(b_qq, tx), weight)
-                                by_k = gla_tiles.weight_gradient(T, NORM, terms.in_all(b_kx, tx), terms.in_all(b_kk, tx), weight)
+                                by_q = scale * terms.weight_gradient(b_qx, b_qq, tx, weight)
+                                by_k = terms.weight_gradient(b_kx, b_kk, tx, weight)
                                 de_rows[i_h, T.Cast("int64", first + tx) - n_shared_rows] = T.if_then_else(
                                     lane < READERS, by_q, 0.0
                                 ) + T.if_then_else(lane < WRITERS, by_k, 0.0)
@@ -358,29 +327,16 @@ def factory(
                     else:
                         io.store_rows(b_q, dq_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
                         io.store_rows(b_k, dk_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
-                    run = 0.0
-                    for i in T.unroll(ROWS):
-                        own[i] = b_x[tx // BK * ROWS + i, tx % BK]
-                        run += own[i]
-                    b_total[tx // BK, tx % BK] = run
+                    columns.take(b_x, own, b_total, tx)
                     if NK > 1:
                         if tx < n_rows:
                             sums[0, s, i_h, T.Cast("int64", first + tx)] = terms.in_all(b_qx, tx)
                             sums[1, s, i_h, T.Cast("int64", first + tx)] = terms.in_all(b_kx, tx)
                     T.sync_threads()
-                    run = b_through[tx % BK] * b_first[tx % BK] * b_second[tx % BK]
+                    run[0] = b_through[tx % BK] * b_first[tx % BK] * b_second[tx % BK]
                     for p in T.unroll(4):
-                        run += b_state[p, tx % BK]
-                    for p in T.unroll(PARTS):
-                        if p > tx // BK:
-                            run += b_total[p, tx % BK]
-                    for i in T.unroll(ROWS):
-                        run += own[ROWS - 1 - i]
-                        own[ROWS - 1 - i] = run
-                        if WRITERS < L:
-                            own[ROWS - 1 - i] = T.if_then_else(
-                                b_writes[tx // BK * ROWS + ROWS - 1 - i] > 0.0, run, 0.0
-                            )
+                        run[0] += b_state[p, tx % BK]
+                    columns.sums_from(own, b_total, run, b_writes, WRITERS < L, tx)
                     if i_seg < n_shared:
                         if HAS_SHARED:
                             tiles.store_gates(d_shared_g, own, first, n_rows, i_h, s * BK, tx)
@@ -388,10 +344,12 @@ def factory(
                         tiles.store_gates(dg_rows, own, first - n_shared_rows, n_rows, i_h, s * BK, tx)
                     T.sync_threads()
                     if s + 1 < NK:
-                        tiles.fetch_slice(
-                            q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_seg, n_shared, i_h, s + 1,
-                            tx, GATE_DTYPE, SHARED_GATE_DTYPE,
-                        )  # fmt: skip
+                        if i_seg < n_shared:
+                            tiles.fetch_slice(
+                                shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_h, s + 1, tx
+                            )
+                        else:
+                            tiles.fetch_slice(q, k, g, b_q, b_k, b_x, b_token, b_writes, i_h, s + 1, tx)
                     T.ptx_commit_group()
                     io.arrive(0)
 
@@ -415,9 +373,7 @@ def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
     others.run(dataclasses.replace(call, config=config, launch=launch), tensors)
 
 
-def launch_near(
-    call: Call, tensors: "Mapping[str, torch.Tensor]", far: "torch.Tensor", sums: "torch.Tensor"
-) -> None:
+def launch_near(call: Call, tensors: "Mapping[str, torch.Tensor]", far: "torch.Tensor", sums: "torch.Tensor") -> None:
     problem, sizes = call.sizes.problem, call.sizes
     dtypes = {
         f"{name}_dtype".upper(): str(tensors[tensor].dtype).removeprefix("torch.")

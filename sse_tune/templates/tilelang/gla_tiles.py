@@ -31,9 +31,9 @@ def copies(T: Any, io: SimpleNamespace, threads: int, C: int, BK: int, V: int) -
             )
 
     @T.macro
-    def fetch_gates(source, tile, tokens, writes, i_h, column, tx, dtype):
+    def fetch_gates(source, tile, tokens, writes, i_h, column, tx):
         """Log-gates; rows that do not write keep the state."""
-        if dtype == "float32":
+        if source.dtype == "float32":
             for p in T.unroll(C * BK // (threads * 4)):
                 i = p * threads + tx
                 row = i // (BK // 4)
@@ -75,15 +75,10 @@ def copies(T: Any, io: SimpleNamespace, threads: int, C: int, BK: int, V: int) -
                         tile[row, o_v + e] = 0.0
 
     @T.macro
-    def fetch_slice(q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_x, tokens, writes, i_seg, n_shared, i_h, i_k, tx, gate_dtype, shared_gate_dtype):
-        if i_seg < n_shared:
-            fetch_gates(shared_g, b_x, tokens, writes, i_h, i_k * BK, tx, shared_gate_dtype)
-            fetch_rows(shared_q, b_q, tokens, i_h, i_k * BK, tx, BK)
-            fetch_rows(shared_k, b_k, tokens, i_h, i_k * BK, tx, BK)
-        else:
-            fetch_gates(g, b_x, tokens, writes, i_h, i_k * BK, tx, gate_dtype)
-            fetch_rows(q, b_q, tokens, i_h, i_k * BK, tx, BK)
-            fetch_rows(k, b_k, tokens, i_h, i_k * BK, tx, BK)
+    def fetch_slice(q, k, g, b_q, b_k, b_g, tokens, writes, i_h, i_k, tx):
+        fetch_gates(g, b_g, tokens, writes, i_h, i_k * BK, tx)
+        fetch_rows(q, b_q, tokens, i_h, i_k * BK, tx, BK)
+        fetch_rows(k, b_k, tokens, i_h, i_k * BK, tx, BK)
 
     @T.macro
     def store_gates(target, own, first, n_left, i_h, column, tx):
@@ -97,9 +92,69 @@ def copies(T: Any, io: SimpleNamespace, threads: int, C: int, BK: int, V: int) -
     )
 
 
-def terms(T: Any, C: int, BK: int, sides: int, is_exact: bool) -> SimpleNamespace:
-    """Operands of bf16 from tiles of fp32, and sums of a row over a slice, in `sides` parts that warps beside each other
-    have; is_exact: one operand holds a number of the problem's dtype, and Z is one."""
+def columns(T: Any, threads: int, C: int, BK: int) -> SimpleNamespace:
+    """Sums along the rows of a chunk: a thread has a part of one column, C * BK / threads rows, in `own`."""
+    PARTS = threads // BK
+    ROWS = C // PARTS
+
+    def total(own):
+        found = own[0]
+        for i in range(1, ROWS):
+            found += own[i]
+        return found
+
+    @T.macro
+    def take(b_x, own, b_total, tx):
+        for i in T.unroll(ROWS):
+            own[i] = b_x[tx // BK * ROWS + i, tx % BK]
+        b_total[tx // BK, tx % BK] = total(own)
+
+    @T.macro
+    def decays(b_x, own, b_total, run, tx):
+        """From log-gates to e^(b - r), r at the last row of the first half. `run` is left with the exponent that is
+        furthest from 0 in the part: gates are at most 0, so sums from the middle on only fall."""
+        run[0] = 0.0
+        if tx // BK < PARTS // 2:
+            for p in T.unroll(PARTS // 2):
+                if p > tx // BK:
+                    run[0] += b_total[p, tx % BK]
+            for i in T.unroll(ROWS):
+                b_x[tx // BK * ROWS + ROWS - 1 - i, tx % BK] = T.__exp(-run[0])
+                if i < ROWS - 1:
+                    run[0] += own[ROWS - 1 - i]
+        else:
+            for p in T.unroll(PARTS // 2):
+                if p + PARTS // 2 < tx // BK:
+                    run[0] += b_total[p + PARTS // 2, tx % BK]
+            for i in T.unroll(ROWS):
+                run[0] += own[i]
+                b_x[tx // BK * ROWS + i, tx % BK] = T.__exp(run[0])
+
+    def half(b_total, i_half, column):
+        """The sum over half a chunk."""
+        found = b_total[i_half * (PARTS // 2), column]
+        for p in range(1, PARTS // 2):
+            found += b_total[i_half * (PARTS // 2) + p, column]
+        return found
+
+    @T.macro
+    def sums_from(own, b_total, run, writes, some_do_not_write, tx):
+        """Each row to the sum of it, those after it and `run`; 0 for rows that do not write."""
+        for p in T.unroll(PARTS):
+            if p > tx // BK:
+                run[0] += b_total[p, tx % BK]
+        for i in T.unroll(ROWS):
+            run[0] += own[ROWS - 1 - i]
+            own[ROWS - 1 - i] = run[0]
+            if some_do_not_write:
+                own[ROWS - 1 - i] = T.if_then_else(writes[tx // BK * ROWS + ROWS - 1 - i] > 0.0, run[0], 0.0)
+
+    return SimpleNamespace(take=take, decays=decays, half=half, sums_from=sums_from)
+
+
+def terms(T: Any, C: int, BK: int, sides: int, is_exact: bool, norm: str) -> SimpleNamespace:
+    """Operands of bf16 from tiles of fp32, sums of rows over a slice, in `sides` parts as warps beside each other have
+    them, and what the norm makes of these; is_exact: Z is one operand, not two halves."""
 
     @T.macro
     def second_half(b_x, b_low, columns):
@@ -127,25 +182,33 @@ def terms(T: Any, C: int, BK: int, sides: int, is_exact: bool) -> SimpleNamespac
             total += parts[i, side]
         return total
 
-    return SimpleNamespace(second_half=second_half, take_z=take_z, row_sums=row_sums, in_all=in_all)
+    @T.macro
+    def scale_columns(b_x, by, b_terms):
+        for i, j in T.Parallel(C, BK):
+            b_terms[i, j] = by[j]
+        for i, j in T.Parallel(C, BK):
+            b_x[i, j] *= b_terms[i, j]
 
+    def norm_part(b_dot, b_square, i, weight):
+        """κ: the gradient of a row x with scale s is s (X - κ x), X that of s x; b_dot is X·x, b_square x·x."""
+        if norm == "none":
+            return 0.0
+        if norm == "after":
+            rho = T.rsqrt(in_all(b_square, i) + EPS)
+            return rho * rho * in_all(b_dot, i)
+        rho = T.rsqrt(weight * weight * in_all(b_square, i) + EPS)
+        return weight * rho * (weight * rho) * in_all(b_dot, i)
 
-def norm_part(T: Any, norm: str, dot: Any, square: Any, weight: Any) -> Any:
-    """κ: the gradient of a row x with scale s is s (X - κ x), X that of s x; `dot` is X·x, `square` x·x."""
-    if norm == "none":
-        return 0.0
-    if norm == "after":
-        rho = T.rsqrt(square + EPS)
-        return rho * rho * dot
-    rho = T.rsqrt(weight * weight * square + EPS)
-    return weight * rho * (weight * rho) * dot
+    def weight_gradient(b_dot, b_square, i, weight):
+        """The gradient of the router weight; never divides by the weight, which may be 0."""
+        if norm == "none":
+            return in_all(b_dot, i)
+        if norm == "after":
+            return T.rsqrt(in_all(b_square, i) + EPS) * in_all(b_dot, i)
+        rho = T.rsqrt(weight * weight * in_all(b_square, i) + EPS)
+        return in_all(b_dot, i) * EPS * rho * rho * rho
 
-
-def weight_gradient(T: Any, norm: str, dot: Any, square: Any, weight: Any) -> Any:
-    """The gradient of the router weight; never divides by the weight, which may be 0."""
-    if norm == "none":
-        return dot
-    if norm == "after":
-        return T.rsqrt(square + EPS) * dot
-    rho = T.rsqrt(weight * weight * square + EPS)
-    return dot * EPS * rho * rho * rho
+    return SimpleNamespace(
+        second_half=second_half, take_z=take_z, row_sums=row_sums, scale_columns=scale_columns, in_all=in_all,
+        norm_part=norm_part, weight_gradient=weight_gradient,
+    )  # fmt: skip
