@@ -43,7 +43,8 @@ def smem_bytes(problem: Problem, config: Config) -> int:
     c, v = int(config["chunk_size"]), problem.value_dim
     tiles = common.item_bytes(problem) * (2 * c * v + 2 * BK * v + 2 * c * BK) + 4 * c * (BK + PAD)
     operands = 2 * c * c if problem.dtype == "bf16" else 2 * (2 * c * c + 4 * c * BK)
-    return tiles + operands + 4 * (6 * c + 16 * BK) + 2048
+    by_row = 14 * c if problem.key_dim == BK else 8 * c  # one slice finishes the norm's share
+    return tiles + operands + 4 * (by_row + 11 * BK) + 1024
 
 
 SPACE = Space(
@@ -57,7 +58,9 @@ SPACE = Space(
         Constraint("V must be a multiple of 64", lambda p, c, d: p.value_dim % 64 == 0),
         # Yq and Yk are held at once, with the rows of q and k beside them
         Constraint("chunk_size must be 64", lambda p, c, d: c["chunk_size"] == 64),
-        Constraint("the tiles fit in shared memory", lambda p, c, d: smem_bytes(p, c) <= d.smem_per_block_bytes),
+        # a multiprocessor has a KiB more than a block can ask for, and each block takes one beside what it asks for
+        Constraint("the blocks of a multiprocessor have shared memory for their tiles",
+                   lambda p, c, d: c["blocks_per_sm"] * (smem_bytes(p, c) + 1024) <= d.smem_per_block_bytes + 1024),
     ),
 )
 
