@@ -156,7 +156,7 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             for name in (
                 "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients",
                 "gdn_gradients", "gla_decay_rows", "gla_states", "gla_output", "gla_states_backward",
-                "gla_value_gradients",
+                "gla_value_gradients", "gla_gradients",
             )
         ),
     ),
