@@ -24,6 +24,7 @@ from sse_tune.tuning.worker import JobResult
 _HOPELESS = 1.5  # times the best: two runs are enough to see it
 _SYNC_S = 0.5  # how often the database is asked for what others found, while that is waited for
 _COMPILE_S = 0.01  # how often for what is compiled, while nothing is
+_LATE = 0.6  # of the time for exploring
 _LAPSED_S = 5.0  # how often for what the dead left
 
 
@@ -48,7 +49,7 @@ class Engine:
         self._best: dict[object, float] = {}
         self._queue: list[tuple[Candidate, Pending]] = []
         self._theirs: dict[str, Candidate] = {}
-        self._leaders, self._measuring = Leaders(), False
+        self._leaders, self._share = Leaders(), 1.0
         self._next_sync = 0.0
         self._next_lapsed = time.monotonic() + _LAPSED_S
 
@@ -67,6 +68,7 @@ class Engine:
 
     def run(self, strategy: Strategy, share: float) -> None:
         """Runs a strategy until it is finished, or `share` of the budget is used and its findings are put together."""
+        self._share = share
         while True:
             if not self.recorder.may_go_on(share):
                 strategy.stop()
@@ -74,8 +76,8 @@ class Engine:
             self._look_at_theirs(strategy)
             while self.lanes.free and (entry := self._next(strategy)) is not None:
                 self._start(strategy, *entry)
-            if self.lanes.free and self._queue:
-                self._measure_leaders(strategy)
+            while self.lanes.free and self._queue and self._use_idle(strategy):
+                pass
             self.recorder.report(*strategy.progress())
             if self.lanes.busy:
                 for end, result in self.lanes.wait(self._patience_s):
@@ -158,25 +160,49 @@ class Engine:
             return _COMPILE_S
         return _SYNC_S if self._theirs else None
 
-    def _measure_leaders(self, strategy: Strategy) -> None:
-        """Has the leaders of a stage run in turn, while nothing that is asked for is compiled."""
+    def _use_idle(self, strategy: Strategy) -> bool:
+        """While nothing that is asked for is compiled: has the leaders of a stage run in turn, or rehearses a plan of
+        leaders. Whether there was anything to do."""
         base = strategy.base
-        if base is None or self._measuring or not (leaders := self._leaders.next(base)):
-            return
-        self._measuring = True
-        self.lanes.submit(self.evaluator.job_in_turn(leaders), functools.partial(self._sharpen, strategy, leaders))
+        if base is None:
+            return False
+        if (group := self._leaders.next(base)) is not None:
+            rivals, leaders = group
+            self.lanes.submit(
+                self.evaluator.job_in_turn(leaders), functools.partial(self._sharpen, strategy, rivals, leaders)
+            )
+            return True
+        while (plan := strategy.rehearse()) is not None:
+            candidate = Candidate("combination", plan)
+            known = self.known(candidate)
+            if known is not None:
+                strategy.rehearsed(plan, known.time_us)
+            elif self.recorder.claim(candidate):
+                self.lanes.submit(
+                    self.evaluator.job(candidate, None, None), functools.partial(self._rehearsed, strategy, candidate)
+                )
+                return True
+        return False
 
-    def _sharpen(self, strategy: Strategy, leaders: list[Candidate], result: JobResult) -> None:
-        """Adds to what is known of leaders; where that failed, they stay as they were and are left alone."""
-        self._measuring = False
-        for number, candidate in enumerate(leaders):
-            if result.outcome != "ok":
-                self._leaders.drop(self._rivals(candidate), candidate)
-                continue
-            attempt = self.recorder.measured_again(candidate, result.value[number])
-            self._leaders.note(self._rivals(candidate), candidate, attempt.timings_us)
+    def _sharpen(self, strategy: Strategy, rivals: object, leaders: list[Candidate], result: JobResult) -> None:
+        """Adds to what is known of leaders; where that failed, they stay as they were."""
+        if result.outcome != "ok":
+            self._leaders.ran(rivals, failed=leaders)
+            return
+        self._leaders.ran(rivals)
+        for candidate, more in zip(leaders, result.value, strict=True):
+            attempt = self.recorder.measured_again(candidate, more)
+            self._leaders.note(rivals, candidate, attempt.timings_us)
             if candidate.base == strategy.base and attempt.time_us is not None:
                 strategy.correct(candidate, attempt.time_us)
+
+    def _rehearsed(self, strategy: Strategy, candidate: Candidate, result: JobResult) -> None:
+        """Tells how long a plan of leaders took. Late in exploring the fastest one is handed to the compilers for its
+        admission, as it is likely to be the one that is put together."""
+        attempt = self.evaluator.finish(candidate, result, {})
+        is_fastest = strategy.rehearsed(candidate.plan, self.time_of(candidate, attempt))
+        if is_fastest and not self.recorder.may_go_on(_LATE * self._share):
+            self.compile(Candidate("plan", candidate.plan))
 
     def _start(self, strategy: Strategy, candidate: Candidate, compiled: Pending) -> None:
         if not self.recorder.claim(candidate):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 
 from sse_tune.plan import Plan
 from sse_tune.tuning.candidates import Candidate
@@ -33,27 +33,34 @@ class Leaders:
 
     def __init__(self) -> None:
         self._groups: dict[Hashable, dict[Candidate, _Timed]] = {}
+        self._running: set[Hashable] = set()
 
     def note(self, rivals: Hashable, candidate: Candidate, times_us: tuple[float, ...]) -> None:
         """All samples of a stage's config, those of before included."""
         self._groups.setdefault(rivals, {})[candidate] = _Timed(candidate, times_us)
 
-    def drop(self, rivals: Hashable, candidate: Candidate) -> None:
-        """A config that is not to be measured again."""
-        del self._groups[rivals][candidate]
-
-    def next(self, base: Plan) -> list[Candidate]:
-        """Configs of one stage to be run in turn on the buffers of `base`: of those that no other is clearly ahead of,
-        the stage with the fewest samples. Empty: all are known well, or have no rival."""
-        chosen: list[_Timed] = []
-        for group in self._groups.values():
+    def next(self, base: Plan) -> tuple[Hashable, list[Candidate]] | None:
+        """Configs of one stage to be run in turn on the buffers of `base`, after what they are rivals in: those that no
+        other is clearly ahead of, of the stage with the fewest samples. None: all are known well, have no rival, or
+        are being run."""
+        chosen: tuple[Hashable, list[_Timed]] | None = None
+        for rivals, group in self._groups.items():
             here = sorted((t for t in group.values() if t.candidate.base == base), key=lambda timed: timed.median_us)
             close = [timed for timed in here[:_AT_ONCE] if timed.median_us <= CLOSE * here[0].median_us]
-            if len(close) < 2 or _fewest(close) >= _ENOUGH:
+            if rivals in self._running or len(close) < 2 or _fewest(close) >= _ENOUGH:
                 continue
-            if not chosen or _fewest(close) < _fewest(chosen):
-                chosen = close
-        return [timed.candidate for timed in chosen]
+            if chosen is None or _fewest(close) < _fewest(chosen[1]):
+                chosen = rivals, close
+        if chosen is None:
+            return None
+        self._running.add(chosen[0])
+        return chosen[0], [timed.candidate for timed in chosen[1]]
+
+    def ran(self, rivals: Hashable, failed: Sequence[Candidate] = ()) -> None:
+        """What `next` gave has been run; those that failed are not to be measured again."""
+        self._running.discard(rivals)
+        for candidate in failed:
+            del self._groups[rivals][candidate]
 
 
 def _fewest(timed: list[_Timed]) -> int:

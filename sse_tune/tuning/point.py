@@ -9,6 +9,7 @@ from sse_tune.plan import Plan, StageChoice
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.estimate import estimated_best_us
 from sse_tune.tuning.landscape import Slot
+from sse_tune.tuning.rehearsal import Ranking, Rehearsal
 from sse_tune.tuning.study import SpaceStudy
 
 if TYPE_CHECKING:
@@ -43,8 +44,6 @@ class Track:
         self.first_us = self.first_us or time_us
 
 
-Ranking = list[tuple[StageChoice, float]]
-
 
 class Point:
     """Asks for the base, then for stages, then for the plan of the best; where that is not admitted, stage by stage.
@@ -64,6 +63,7 @@ class Point:
         self._waiting: Plan | None = None  # one that was
         self._gains: list[tuple[float, str, StageChoice]] = []
         self._grown, self._growing = base, False
+        self._rehearsal = Rehearsal(base)
 
     def ask(self) -> Candidate | None:
         if self._next is not None:
@@ -105,6 +105,16 @@ class Point:
         """See `Strategy.correct`."""
         assert candidate.stage is not None
         self._track_of(candidate).study.correct(candidate.plan.stages[candidate.stage].config, time_us)
+
+    def rehearse(self) -> Plan | None:
+        """See `Strategy.rehearse`."""
+        if self._tracks is None or self.closed:
+            return None
+        return self._rehearsal.next(self._rankings(self._tracks))
+
+    def rehearsed(self, plan: Plan, time_us: float | None) -> bool:
+        """See `Strategy.rehearsed`."""
+        return self._rehearsal.tell(plan, time_us)
 
     def withdraw(self, candidate: Candidate) -> bool:
         """See `Strategy.withdraw`: whole plans must be run, what follows depends on them."""
@@ -187,22 +197,28 @@ class Point:
             estimated += min(estimate for estimate in estimates if estimate is not None)
         return best <= settings.target * estimated
 
-    def _put_together(self, tracks: list[Track]) -> None:
+    def _rankings(self, tracks: list[Track]) -> dict[str, Ranking]:
         rankings: dict[str, Ranking] = {stage: [] for stage in self.base.stages}
         for track in tracks:
-            self._take_known(track)
             rankings[track.stage] += [(track.slot.choice(c), time_us) for c, time_us in track.study.ranking()]
-        for stage, ranking in rankings.items():
+        for ranking in rankings.values():
             ranking.sort(key=lambda pair: pair[1])
-            if ranking and ranking[0][0] != self.base.stages[stage]:
-                before = dict(ranking).get(self.base.stages[stage], ranking[0][1])
-                self._gains.append((before - ranking[0][1], stage, ranking[0][0]))
+        return rankings
+
+    def _put_together(self, tracks: list[Track]) -> None:
+        for track in tracks:
+            self._take_known(track)
+        rankings = self._rankings(tracks)
+        chosen = self._rehearsal.chosen(rankings)
+        for stage, choice in chosen.stages.items():
+            if choice != self.base.stages[stage]:
+                times = dict(rankings[stage])
+                self._gains.append((times.get(self.base.stages[stage], times[choice]) - times[choice], stage, choice))
         self._gains.sort(key=lambda gain: -gain[0])
         if not self._gains:
             self.closed = True
             return
-        chosen = {stage: choice for _, stage, choice in self._gains}
-        self._next = dataclasses.replace(self.base, stages={**self.base.stages, **chosen})
+        self._next = chosen
 
     def _after_whole(self, plan: Plan, time_us: float | None) -> None:
         """The plan of all the best is admitted: done. It is not: grow from the base, the largest gain first."""

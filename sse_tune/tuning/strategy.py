@@ -61,6 +61,15 @@ class Strategy(Proposer):
         """A stage's candidate that was told has been measured better, on the `base` of now."""
         raise AssertionError("a strategy without a base has no stages to be measured again")
 
+    def rehearse(self) -> Plan | None:
+        """A whole plan of configs that were timed, to be measured while nothing else can be run; None: there is none.
+        It is admitted for good only when it is asked for as a candidate."""
+        return None
+
+    def rehearsed(self, plan: Plan, time_us: float | None) -> bool:
+        """The median time of what was rehearsed, None: it failed; whether it is the fastest so far at this point."""
+        return False
+
     @abc.abstractmethod
     def progress(self) -> tuple[str, int, int]:
         """For people: the phase, and how many of how many trials are made in it."""
@@ -186,6 +195,13 @@ class Decomposed(Strategy):
     def correct(self, candidate: Candidate, time_us: float) -> None:
         assert self._point is not None and candidate.base == self._point.base, "measured on buffers of another point"
         self._point.correct(candidate, time_us)
+
+    def rehearse(self) -> Plan | None:
+        return None if self._point is None or self.stopped else self._point.rehearse()
+
+    def rehearsed(self, plan: Plan, time_us: float | None) -> bool:
+        here = self._point is not None and plan.outer == self._point.base.outer
+        return here and self._point.rehearsed(plan, time_us)  # type: ignore[union-attr]
 
     def progress(self) -> tuple[str, int, int]:
         if self._point is None:

@@ -75,6 +75,7 @@ class Stages(Strategy):
     def __init__(self, base, candidates):
         super().__init__()
         self._base, self.left, self.times, self.corrected = base, list(candidates), {}, {}
+        self.plans_to_rehearse, self.heard = [], {}
 
     def ask(self):
         self.finished = not self.left
@@ -85,6 +86,13 @@ class Stages(Strategy):
 
     def correct(self, candidate, time_us):
         self.corrected[candidate] = time_us
+
+    def rehearse(self):
+        return self.plans_to_rehearse.pop(0) if self.plans_to_rehearse else None
+
+    def rehearsed(self, plan, time_us):
+        self.heard[plan] = time_us
+        return True
 
     def stop(self):
         raise AssertionError("the budget is large")
@@ -103,9 +111,9 @@ class Stages(Strategy):
 class InstantLanes:
     """A lane whose jobs end when they are waited for: a stage alone is measured a little wrong, in turn right."""
 
-    def __init__(self, first_us, true_us, fails=False):
-        self.first_us, self.true_us, self.fails = first_us, true_us, fails
-        self.running, self.in_turn = [], []
+    def __init__(self, first_us, true_us, fails=False, rehearsals=0):
+        self.first_us, self.true_us, self.fails, self.rehearsals = first_us, true_us, fails, rehearsals
+        self.running, self.in_turn, self.whole = [], [], []
 
     def __len__(self):
         return 1
@@ -124,12 +132,15 @@ class InstantLanes:
             if self.fails:
                 return [(tag, JobResult("crash", None, "planted", 0.0))]
             return [(tag, JobResult("ok", [Attempt("ok", None, (self.true_us[p],) * 30) for p in plans], None, 0.0))]
+        if job.function is jobs.check_and_time:
+            self.whole.append(job.arguments[0])
+            return [(tag, JobResult("ok", Attempt("ok", None, (500.0,) * 3), None, 0.0))]
         return [(tag, JobResult("ok", Attempt("ok", None, (self.first_us[job.arguments[0]],) * 3), None, 0.0))]
 
 
 @pytest.fixture
 def leaders_setting(tmp_path):
-    """An engine on one stage's configs, the last of which is compiled once two of the others have run in turn."""
+    """An engine on one stage's configs; the last is compiled once others have run in turn, or rehearsals are done."""
     device, problem = ARCHS["sm_90"], Problem.preset("spikingbrain2-5b")
     base = default_plan(problem, device)
     choice = base.stages["scan"]
@@ -149,7 +160,8 @@ def leaders_setting(tmp_path):
 
         class Waiting(concurrent.futures.Future):
             def done(self):
-                return (len(lanes.in_turn) > 0 and not lanes.running) or engine.compile_wait_s > 1.0
+                ran = len(lanes.in_turn) > 0 and not lanes.running and len(lanes.whole) >= lanes.rehearsals
+                return ran or engine.compile_wait_s > 1.0
 
             def result(self, timeout=None):
                 return Compiled("ok", None, {})
@@ -200,3 +212,19 @@ def test_what_was_measured_again_counts_when_a_search_is_resumed(leaders_setting
     again.close()
     assert {len(trial.timings_us) for trial in again.known.values()} == {3, 33}
     assert again.outcomes == recorder.outcomes
+
+
+def test_plans_of_leaders_are_rehearsed_once_the_leaders_are_known_well(leaders_setting):
+    lanes = InstantLanes({}, {}, fails=True, rehearsals=2)
+    engine, strategy, plans = leaders_setting(lanes)
+    lanes.first_us |= dict.fromkeys(plans, 100.0)
+    strategy.plans_to_rehearse, rehearsed = list(plans[:2]), list(plans[:2])
+    late = []
+    engine.recorder.may_go_on = lambda share=1.0: share == 1.0 or late.append(share)
+    engine.run(strategy, 1.0)
+    assert lanes.whole == rehearsed
+    assert strategy.heard == dict.fromkeys(rehearsed, 500.0)
+    kinds = [trial.kind for trial in engine.recorder.database.trials()]
+    assert kinds.count("combination") == 2, "not a trial of the plan, which is admitted by more"
+    assert engine.recorder.best_us is None
+    assert late, "late in exploring the fastest goes to the compilers"

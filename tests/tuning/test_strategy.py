@@ -269,3 +269,20 @@ def test_stages_tuned_at_the_default_are_not_tuned_again_where_states_are_kept()
     tuned = collections.Counter((c.stage, c.plan.outer["states"]) for c in asked if c.stage is not None)
     assert tuned["scan", "recompute"] == tuned["scan", "store"] == tuned["recompute", "recompute"] == 2
     assert {stage for stage, states in tuned if states == "store"} == {"scan"}
+
+
+def test_what_was_rehearsed_fastest_is_put_together(recorded):
+    """Two configs of a stage that its own times hardly tell apart: the whole decides."""
+    by_stages = drive(Decomposed(recorded, Settings(sampler="exhaustive", max_points=1)), recorded.answer_us)[-1].plan
+    strategy = Decomposed(recorded, Settings(sampler="exhaustive", max_points=1))
+    assert strategy.rehearse() is None, "no stage was timed"
+    rehearsed = []
+    while (asked := strategy.ask()).stage is not None or not strategy.plan_times:
+        strategy.tell(asked, recorded.answer_us(asked))
+        while (plan := strategy.rehearse()) is not None:
+            rehearsed.append(plan)
+            strategy.rehearsed(plan, 1000.0 - len(rehearsed))  # the last one is the fastest
+    assert len(rehearsed) > 3 and len(set(rehearsed)) == len(rehearsed)
+    assert asked.plan == rehearsed[-1] != by_stages
+    strategy.stop()
+    assert strategy.rehearse() is None
