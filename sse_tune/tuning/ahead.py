@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import heapq
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -44,7 +46,7 @@ def compile_choice(
 
 
 class CompileAhead:
-    """A pool of compiling processes; `submit` returns at once.
+    """A pool of compiling processes; `submit` returns at once. What is urgent comes first, then what came first.
 
     Args:
         device: the GPU to compile for.
@@ -59,6 +61,9 @@ class CompileAhead:
         self._workers: list[Worker] = []
         self._closed = False
         self._cache: dict[tuple, concurrent.futures.Future[Compiled]] = {}
+        self._left: list[tuple[bool, int, concurrent.futures.Future[Compiled], tuple]] = []  # a heap
+        self._lock = threading.Lock()  # of the heap
+        self._numbers = itertools.count()
 
     def __enter__(self) -> CompileAhead:
         return self
@@ -67,22 +72,26 @@ class CompileAhead:
         self.close()
 
     def submit(
-        self, choice: StageChoice, problem: Problem, outer: Config, *, with_states: bool = False
+        self, choice: StageChoice, problem: Problem, outer: Config, *, with_states: bool = False, urgent: bool = False
     ) -> concurrent.futures.Future[Compiled]:
-        """Compiles a stage for a problem; the same request is answered from memory."""
+        """Compiles a stage for a problem; the same request is answered from memory, and becomes urgent if it is now."""
         key = (choice, problem, outer, with_states)
-        if key not in self._cache:
-            self._cache[key] = self._threads.submit(self._compile, choice, problem, outer, with_states)
-        return self._cache[key]
+        known = self._cache.get(key)
+        future = self._cache.setdefault(key, concurrent.futures.Future())
+        if known is None or (urgent and not known.running() and not known.done()):
+            with self._lock:
+                heapq.heappush(self._left, (not urgent, next(self._numbers), future, key))
+            self._threads.submit(self._compile_next)
+        return future
 
     def submit_plan(
-        self, plan: Plan, problem: Problem, chunk_size: int, cases: tuple[str, ...]
+        self, plan: Plan, problem: Problem, chunk_size: int, cases: tuple[str, ...], *, urgent: bool = False
     ) -> list[concurrent.futures.Future[Compiled]]:
         """Compiles a plan for a problem and for the sizes of some cases."""
         wanted = {(problem, False)}
         wanted |= {(case_problem(name, problem, chunk_size, "full")[0], CASES[name].states) for name in cases}
         return [
-            self.submit(choice, posed, plan.outer, with_states=with_states)
+            self.submit(choice, posed, plan.outer, with_states=with_states, urgent=urgent)
             for posed, with_states in wanted
             for choice in plan.stages.values()
             if is_compiled(choice.backend)
@@ -119,9 +128,23 @@ class CompileAhead:
         """Ends all processes; what was not compiled stays so."""
         self._closed = True
         self._threads.shutdown(wait=False, cancel_futures=True)
+        with self._lock:
+            for _, _, future, _ in self._left:
+                future.cancel()
         for worker in self._workers:
             worker.close()
         self._threads.shutdown(wait=True)
+
+    def _compile_next(self) -> None:
+        """Takes what comes first; called as often as something was put there, which may have been put there twice."""
+        with self._lock:
+            _, _, future, key = heapq.heappop(self._left)
+            if future.running() or future.done() or not future.set_running_or_notify_cancel():
+                return
+        try:
+            future.set_result(self._compile(*key))
+        except BaseException as error:
+            future.set_exception(error)
 
     def _compile(self, choice: StageChoice, problem: Problem, outer: Config, with_states: bool) -> Compiled:
         worker = getattr(self._local, "worker", None)

@@ -107,17 +107,18 @@ class Engine:
         return attempt
 
     def compile(self, candidate: Candidate) -> Pending:
-        """Hands a candidate to the compilers."""
+        """Hands a candidate to the compilers; a whole plan, which others wait for, before all stages."""
         if self.ahead is None or candidate.plan.graph == "whole":
             return []
         plan, chunk_size = candidate.plan, chunk_size_of(candidate.plan)
-        names: tuple[str, ...] = QUICK if candidate.kind == "plan" else QUICK[:1]
+        urgent = candidate.kind == "plan"
+        names: tuple[str, ...] = QUICK if urgent else QUICK[:1]
         if candidate.stage is not None:
             plan, names = dataclasses.replace(plan, stages={candidate.stage: plan.stages[candidate.stage]}), OWN
         pending: dict[concurrent.futures.Future[Compiled], None] = {}  # in order, each once
         for problem in self.workload.problems:
             posed = names if problem == self.problem else QUICK[:1] if problem in self.workload.layouts else ()
-            pending |= dict.fromkeys(self.ahead.submit_plan(plan, problem, chunk_size, posed))
+            pending |= dict.fromkeys(self.ahead.submit_plan(plan, problem, chunk_size, posed, urgent=urgent))
         return list(pending)
 
     def withdraw(self, dropped: Pending, kept: Sequence[Pending]) -> None:

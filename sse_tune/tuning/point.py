@@ -106,6 +106,11 @@ class Point:
         assert candidate.stage is not None
         self._track_of(candidate).study.correct(candidate.plan.stages[candidate.stage].config, time_us)
 
+    @property
+    def is_tuned(self) -> bool:
+        """Whether no stage is measured here any more: whole plans are left."""
+        return self.admitted and self._waiting is not None
+
     def rehearse(self) -> Plan | None:
         """See `Strategy.rehearse`."""
         if self._tracks is None or self.closed:

@@ -163,27 +163,39 @@ class Decomposed(Strategy):
         self._count = min(settings.max_points, len(self._outer.configs))
         self._opened = 0
         self._begin: float | None = None
+        self._closing: list[Point] = []  # what they put together is still compiled or run, while the next is tuned
         self._point = self._open()
 
     def ask(self) -> Candidate | None:
+        for point in list(self._closing):
+            candidate = point.ask()
+            if candidate is not None:
+                return candidate
+            if point.closed:
+                self._closing.remove(point)
+                self._close(point)
         while self._point is not None:
             if self.best_base_us is not None and self._to_compare and not self.stopped:
                 return Candidate("plan", self._to_compare.pop(0))
             candidate = self._point.ask()
             if candidate is not None:
                 return candidate
-            if not self._point.closed:
+            if self._point.closed:
+                self._close(self._point)
+            elif self._point.is_tuned:
+                self._closing.append(self._point)
+            else:
                 return None
-            self._outer.tell(self._point.base.outer, self._point.best_us)
             self._point = None if self.stopped else self._open()
-        self.finished = True
+        self.finished = not self._closing
         return None
 
     def tell(self, candidate: Candidate, time_us: float | None) -> None:
         if candidate.kind == "plan" and time_us is not None:
             self.plan_times[candidate.plan] = time_us
-        if self._point is not None:
-            self._point.tell(candidate, time_us)
+        for point in (*self._closing, *([] if self._point is None else [self._point])):
+            if candidate.stage is None or point is self._point:
+                point.tell(candidate, time_us)
 
     def stop(self) -> None:
         self.stopped = True
@@ -218,6 +230,9 @@ class Decomposed(Strategy):
         worth = self.best_base_us is None or base_us <= _NOT_WORTH_TUNING * self.best_base_us
         self.best_base_us = base_us if self.best_base_us is None else min(self.best_base_us, base_us)
         return worth
+
+    def _close(self, point: Point) -> None:
+        self._outer.tell(point.base.outer, point.best_us)
 
     def _open(self) -> Point | None:
         while self._opened < self._count and (outer := self._outer.ask()) is not None:

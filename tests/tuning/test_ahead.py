@@ -98,6 +98,48 @@ def test_what_is_withdrawn_before_it_began_is_not_compiled():
         assert ahead.submit(waiting, PROBLEM, plan.outer).result(20).outcome == "ok"
 
 
+def test_what_is_urgent_comes_first_even_where_it_was_asked_for_before():
+    began, go_on, compiled = threading.Event(), threading.Event(), []
+
+    class Waiting(CompileAhead):
+        def _compile(self, choice, *_):
+            began.set()
+            go_on.wait(20)
+            compiled.append(choice)
+            return Compiled("ok", None, {})
+
+    plan = default_of(PROBLEM)
+    running, first, second, third = (plan.stages[name] for name in ("combine", "scan", "prepare", "routing"))
+    with Waiting(DEVICE, 1) as ahead:
+        ahead.submit(running, PROBLEM, plan.outer)
+        began.wait(20)
+        waiting = [ahead.submit(choice, PROBLEM, plan.outer) for choice in (first, second, third)]
+        again = ahead.submit(third, PROBLEM, plan.outer, urgent=True)
+        assert again is waiting[2], "one compilation, asked for twice"
+        go_on.set()
+        assert all(future.result(20).outcome == "ok" for future in waiting)
+    assert compiled == [running, third, first, second]
+
+
+def test_closing_ends_what_waits():
+    began, go_on = threading.Event(), threading.Event()
+
+    class Waiting(CompileAhead):
+        def _compile(self, choice, *_):
+            began.set()
+            go_on.wait(20)
+            return Compiled("ok", None, {})
+
+    plan = default_of(PROBLEM)
+    with Waiting(DEVICE, 1) as ahead:
+        first = ahead.submit(plan.stages["combine"], PROBLEM, plan.outer)
+        second = ahead.submit(plan.stages["scan"], PROBLEM, plan.outer)
+        began.wait(20)
+        threading.Timer(0.2, go_on.set).start()
+    assert first.result(0).outcome == "ok"
+    assert second.cancelled()
+
+
 def test_there_is_a_compiler_for_every_backend_that_needs_one():
     for backends in (("triton",), ("tilelang",), ("tilelang", "triton")):
         with compilers_for(backends, DEVICE) as ahead:

@@ -286,3 +286,25 @@ def test_what_was_rehearsed_fastest_is_put_together(recorded):
     assert asked.plan == rehearsed[-1] != by_stages
     strategy.stop()
     assert strategy.rehearse() is None
+
+
+def test_the_next_point_is_begun_while_a_plan_that_was_put_together_is_compiled(recorded):
+    strategy = Decomposed(recorded, Settings(sampler="exhaustive", max_points=2))
+    while (asked := strategy.ask()).stage is not None or not strategy.plan_times:
+        strategy.tell(asked, recorded.answer_us(asked))
+    base = strategy.ask()
+    assert base.stage is None and base.plan == recorded.base(base.plan.outer) and base.plan.outer != asked.plan.outer
+    strategy.tell(base, recorded.answer_us(base))
+    stage = strategy.ask()
+    assert stage.base == base.plan
+    strategy.tell(asked, None)  # not admitted: it grows from its own base, beside what is tuned now
+    grown = strategy.ask()
+    assert grown.stage is None and grown.plan.outer == asked.plan.outer
+    strategy.tell(stage, recorded.answer_us(stage))
+    strategy.stop()
+    rest = drive(strategy, recorded.answer_us)
+    assert strategy.tell(grown, recorded.answer_us(grown)) is None and not strategy.finished
+    rest += drive(strategy, recorded.answer_us)
+    assert strategy.finished
+    assert {candidate.plan.outer for candidate in rest} == {asked.plan.outer, base.plan.outer}
+    assert all(candidate.stage is None for candidate in rest)

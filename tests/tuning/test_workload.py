@@ -248,7 +248,7 @@ def test_each_layout_is_admitted_and_compiled_for(small):
     asked = []
 
     class Ahead:
-        def submit_plan(self, plan, problem, chunk_size, names):
+        def submit_plan(self, plan, problem, chunk_size, names, urgent):
             asked.append((problem, names))
             return [shared]
 
