@@ -157,7 +157,7 @@ def _search(engine: Engine, backends: tuple[str, ...], sampler: str, target: flo
     found: list[Plan] = []
     for number, group in enumerate(groups, start=1):
         share = _EXPLORING_SHARE * number / len(groups)
-        points = int(recorder.remaining_s(share) / _SECONDS_PER_OUTER_POINT)
+        points = round(recorder.remaining_s(share) / _SECONDS_PER_OUTER_POINT)
         settings = Settings(
             sampler=sampler, seed=_SEED, target=target,
             max_points=max(1, min(_MAX_OUTER_POINTS, points)),
