@@ -23,7 +23,7 @@ from sse_tune.tuning.worker import JobResult
 
 _HOPELESS = 1.5  # times the best: two runs are enough to see it
 _SYNC_S = 0.5  # how often the database is asked for what others found, while that is waited for
-_COMPILE_S = 0.01  # how often for what is compiled, while nothing is
+COMPILE_S = 0.01  # how often for what is compiled, while nothing is
 _LATE = 0.6  # of the time for exploring
 _LAPSED_S = 5.0  # how often for what the dead left
 
@@ -83,8 +83,8 @@ class Engine:
                 for end, result in self.lanes.wait(self._patience_s):
                     end(result)
             elif self._queue:
-                self.compile_wait_s += _COMPILE_S
-                time.sleep(_COMPILE_S)
+                self.compile_wait_s += COMPILE_S
+                time.sleep(COMPILE_S)
             elif self._theirs:
                 time.sleep(_SYNC_S / 5)
             else:
@@ -158,16 +158,16 @@ class Engine:
     def _patience_s(self) -> float | None:
         """How long to wait for a worker before looking elsewhere; None: there is nowhere else to look."""
         if self.lanes.free and self._queue:
-            return _COMPILE_S
+            return COMPILE_S
         return _SYNC_S if self._theirs else None
 
     def _use_idle(self, strategy: Strategy) -> bool:
-        """While nothing that is asked for is compiled: has the leaders of a stage run in turn, or rehearses a plan of
-        leaders. Whether there was anything to do."""
+        """While nothing that is asked for is compiled: has the leaders of a stage, or the fastest plans that were
+        rehearsed, run in turn, or rehearses another plan of leaders. Whether there was anything to do."""
         base = strategy.base
-        if base is None:
-            return False
-        if (group := self._leaders.next(base)) is not None:
+        group = None if base is None else self._leaders.next(base)
+        group = group or self._leaders.next(None)
+        if group is not None:
             rivals, leaders = group
             self.lanes.submit(
                 self.evaluator.job_in_turn(leaders), functools.partial(self._sharpen, strategy, rivals, leaders)
@@ -194,14 +194,19 @@ class Engine:
         for candidate, more in zip(leaders, result.value, strict=True):
             attempt = self.recorder.measured_again(candidate, more)
             self._leaders.note(rivals, candidate, attempt.timings_us)
-            if candidate.base == strategy.base and attempt.time_us is not None:
+            if candidate.stage is None:
+                strategy.rehearsed(candidate.plan, attempt.time_us)
+            elif candidate.base == strategy.base and attempt.time_us is not None:
                 strategy.correct(candidate, attempt.time_us)
 
     def _rehearsed(self, strategy: Strategy, candidate: Candidate, result: JobResult) -> None:
         """Tells how long a plan of leaders took. Late in exploring the fastest one is handed to the compilers for its
         admission, as it is likely to be the one that is put together."""
-        attempt = self.evaluator.finish(candidate, result, {})
-        is_fastest = strategy.rehearsed(candidate.plan, self.time_of(candidate, attempt))
+        attempt = self.evaluator.finish(candidate, result, {}, counts=False)
+        time_us = self.time_of(candidate, attempt)
+        if time_us is not None:
+            self._leaders.note(candidate.plan.outer, candidate, attempt.timings_us)
+        is_fastest = strategy.rehearsed(candidate.plan, time_us)
         if is_fastest and not self.recorder.may_go_on(_LATE * self._share):
             self.compile(Candidate("plan", candidate.plan))
 

@@ -75,16 +75,21 @@ class Evaluator:
         return Job(jobs.check_and_time_stage, arguments, STAGE_DEADLINE_S + more_s)
 
     def job_in_turn(self, candidates: Sequence[Candidate]) -> Job:
-        """More measurements of admitted configs of one stage, on the buffers of one base."""
+        """More measurements of admitted configs of one stage, on the buffers of one base, or of plans."""
         first = candidates[0]
         plans = [candidate.plan for candidate in candidates]
+        if first.stage is None:
+            arguments: tuple[Any, ...] = (plans, self.workload, self.device, COMBINATION_TIME_LIMIT_S)
+            return Job(jobs.time_plans_in_turn, arguments, PLAN_DEADLINE_S)
         arguments = (plans, first.base, first.stage, self.workload, self.device, STAGE_TIME_LIMIT_S)
         return Job(jobs.time_stage_in_turn, arguments, STAGE_DEADLINE_S)
 
-    def finish(self, candidate: Candidate, result: JobResult, resources: dict[str, int]) -> Attempt:
-        """Records what a worker answered, and what must not be tried again."""
+    def finish(
+        self, candidate: Candidate, result: JobResult, resources: dict[str, int], *, counts: bool = True
+    ) -> Attempt:
+        """Records what a worker answered, and what must not be tried again; see `Recorder.end`."""
         attempt = result.value if result.outcome == "ok" else Attempt(result.outcome, result.reason)
-        self.recorder.end(candidate, attempt, resources)
+        self.recorder.end(candidate, attempt, resources, counts=counts)
         choice = self._single_choice(candidate)
         if choice is not None and attempt.outcome in QUARANTINED:
             key = self._quarantine_key(choice, candidate.plan.outer)

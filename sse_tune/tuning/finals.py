@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from sse_tune.errors import SearchError
@@ -17,7 +18,7 @@ from sse_tune.templates.registry import find_template
 from sse_tune.tuning import jobs
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.cases import FINAL
-from sse_tune.tuning.engine import Engine
+from sse_tune.tuning.engine import COMPILE_S, Engine
 from sse_tune.tuning.evaluate import PLAN_DEADLINE_S, Job, Pending
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.measure import Measured, Timing
@@ -172,25 +173,32 @@ class Finals:
     def _refined(
         self, winner: Plan, timings: dict[Plan, Measured], failed: set[Plan]
     ) -> tuple[Plan, dict[Plan, Measured]]:
-        """Moves to neighbours that beat the winner until none does or the budget is used."""
-        recorder, seen = self.engine.recorder, set(timings) | failed
+        """Moves to neighbours that beat the winner until none does or the budget is used. A neighbour is timed first,
+        which takes few compiled programs; what seems faster than the winner is then admitted like every other plan."""
+        engine, seen = self.engine, set(timings) | failed
         improved = True
         while improved:
-            improved, batch = False, []
-            untried = self._compile(plan for plan in self._worth_trying(winner) if plan not in seen)
-            while untried:
-                if not recorder.may_go_on():
+            improved = False
+            batch: list[Plan] = []
+            left = self._compile(plan for plan in self._worth_trying(winner) if plan not in seen)
+            while left and len(batch) < _NEIGHBOURS_AT_ONCE:
+                candidate = self._compiled(left)
+                if candidate is None:
                     return winner, timings
-                ready = (plan for plan, pending in untried.items() if all(future.done() for future in pending))
-                plan = next(ready, next(iter(untried)))
-                del untried[plan]
-                seen.add(plan)
-                self._neighbours += 1
-                recorder.report("neighbours of the best", self._neighbours, self._neighbours + 1)
-                if self.engine.time_of(c := Candidate("plan", plan), self.engine.evaluate(c)) is not None:
-                    batch.append(plan)
-                if len(batch) == _NEIGHBOURS_AT_ONCE:
-                    break
+                del left[candidate]
+                if candidate.plan not in seen:
+                    seen.add(candidate.plan)
+                    self._neighbours += 1
+                engine.recorder.report("neighbours of the best", self._neighbours, self._neighbours + 1)
+                time_us = engine.time_of(candidate, engine.evaluate(candidate))
+                if time_us is None or time_us >= timings[winner].median_us:
+                    continue
+                if candidate.kind == "plan":
+                    batch.append(candidate.plan)
+                else:
+                    as_plan = Candidate("plan", candidate.plan)
+                    left = {as_plan: engine.compile(as_plan), **left}
+                    self._compiling.append(left[as_plan])
             if batch:
                 rivals = dict.fromkeys((winner, *(plan for plan in self._always if plan in timings), *batch))
                 again = self._in_turn(list(rivals))
@@ -200,16 +208,34 @@ class Finals:
                 improved = bool(better) or len(batch) == _NEIGHBOURS_AT_ONCE
         return winner, timings
 
-    def _compile(self, plans: Iterable[Plan]) -> dict[Plan, Pending]:
-        """Hands plans to the compilers, in this order, if there is time left to try them, and takes back what was
-        handed to them before and is not among these."""
+    def _compile(self, plans: Iterable[Plan]) -> dict[Candidate, Pending]:
+        """Hands plans to the compilers, to be timed, in this order, if there is time left to try them, and takes back
+        what was handed to them before and is not among these. What was tried as a plan is not timed again."""
         engine = self.engine
         if not engine.recorder.may_go_on():
-            return {plan: [] for plan in plans}
-        pending = {plan: engine.compile(Candidate("plan", plan)) for plan in plans}
+            return {}
+        pending: dict[Candidate, Pending] = {}
+        for plan in plans:
+            as_plan = Candidate("plan", plan)
+            if engine.known(as_plan) is None:
+                candidate = Candidate("combination", plan)
+                pending[candidate] = engine.compile(candidate)
+            else:
+                pending[as_plan] = []
         engine.withdraw([future for futures in self._compiling for future in futures], list(pending.values()))
         self._compiling = list(pending.values())
         return pending
+
+    def _compiled(self, left: dict[Candidate, Pending]) -> Candidate | None:
+        """The first that is compiled, once there is one; None: the budget is used before."""
+        engine = self.engine
+        while engine.recorder.may_go_on():
+            for candidate, pending in left.items():
+                if all(future.done() for future in pending):
+                    return candidate
+            engine.compile_wait_s += COMPILE_S
+            time.sleep(COMPILE_S)
+        return None
 
     def _worth_trying(self, winner: Plan) -> Iterator[Plan]:
         """The neighbours whose changed stage is not known to be slower than the winner's; its dearest stage first."""

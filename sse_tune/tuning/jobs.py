@@ -158,17 +158,25 @@ def time_stage_in_turn(
         base, stage, load, device: see `check_and_time_stage`.
         time_limit_s: of a plan on an entry.
     """
-    sides = {
-        (number, entry): functools.partial(run.run_stage, stage, plan.stages[stage])
-        for number, plan in enumerate(plans)
-        for entry, run in enumerate(_running(base, load, device))
-    }
-    found = compare(
-        {f"{number} {entry}": call for (number, entry), call in sides.items()}, torch_device(device),
-        time_limit_s=time_limit_s * len(sides), graph=in_graph(base, device),
-    )  # fmt: skip
+    running = _running(base, load, device)
+    calls = [[functools.partial(run.run_stage, stage, plan.stages[stage]) for run in running] for plan in plans]
+    return _in_turn(calls, load, device, time_limit_s, in_graph(base, device))
+
+
+def time_plans_in_turn(plans: Sequence[Plan], load: Workload, device: Device, time_limit_s: float) -> list[Attempt]:
+    """More timings of admitted plans, end to end, measured in turn with one another; see `time_stage_in_turn`."""
+    calls = [[plan_call(plan, case) for case in cases(load, torch_device(device))] for plan in plans]
+    return _in_turn(calls, load, device, time_limit_s, all(in_graph(plan, device) for plan in plans))
+
+
+def _in_turn(
+    calls: Sequence[Sequence[Callable[[], object]]], load: Workload, device: Device, time_limit_s: float, graph: bool
+) -> list[Attempt]:
+    """Times the calls of several rivals, for each one on every entry."""
+    sides = {f"{number} {entry}": call for number, own in enumerate(calls) for entry, call in enumerate(own)}
+    found = compare(sides, torch_device(device), time_limit_s=time_limit_s * len(sides), graph=graph)
     entries = range(len(load.entries))
-    return [_attempt([found[f"{number} {entry}"] for entry in entries], load, {}) for number in range(len(plans))]
+    return [_attempt([found[f"{number} {entry}"] for entry in entries], load, {}) for number in range(len(calls))]
 
 
 def time_in_turn(

@@ -1,7 +1,7 @@
-"""The fastest configs of a stage, measured again in turn while a device would only wait for the compilers.
+"""The fastest configs of a stage, or whole plans, run again in turn while a device would only wait for the compilers.
 
-Two configs are timed minutes apart, and clocks drift by more than lies between the best of a stage. Run one after the
-other, repeat by repeat, they are told apart.
+Two of them are timed minutes apart, and clocks drift by more than lies between the best. Run one after the other,
+repeat by repeat, they are told apart.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Timed:
 
 
 class Leaders:
-    """The configs of each stage that were timed, by what they are rivals in."""
+    """The configs of each stage, and the plans, that were timed, by what they are rivals in."""
 
     def __init__(self) -> None:
         self._groups: dict[Hashable, dict[Candidate, _Timed]] = {}
@@ -39,10 +39,10 @@ class Leaders:
         """All samples of a stage's config, those of before included."""
         self._groups.setdefault(rivals, {})[candidate] = _Timed(candidate, times_us)
 
-    def next(self, base: Plan) -> tuple[Hashable, list[Candidate]] | None:
-        """Configs of one stage to be run in turn on the buffers of `base`, after what they are rivals in: those that no
-        other is clearly ahead of, of the stage with the fewest samples. None: all are known well, have no rival, or
-        are being run."""
+    def next(self, base: Plan | None) -> tuple[Hashable, list[Candidate]] | None:
+        """Configs of one stage to be run in turn on the buffers of `base`, or whole plans, which have none, after what
+        they are rivals in: those that no other is clearly ahead of, of the stage with the fewest samples. None: all are
+        known well, have no rival, or are being run."""
         chosen: tuple[Hashable, list[_Timed]] | None = None
         for rivals, group in self._groups.items():
             here = sorted((t for t in group.values() if t.candidate.base == base), key=lambda timed: timed.median_us)

@@ -62,7 +62,7 @@ class Point:
         self._next: Plan | None = base  # a whole plan to be asked for
         self._waiting: Plan | None = None  # one that was
         self._gains: list[tuple[float, str, StageChoice]] = []
-        self._grown, self._growing = base, False
+        self._grown, self._growing, self._put = base, False, False
         self._rehearsal = Rehearsal(base)
 
     def ask(self) -> Candidate | None:
@@ -226,11 +226,14 @@ class Point:
         self._next = chosen
 
     def _after_whole(self, plan: Plan, time_us: float | None) -> None:
-        """The plan of all the best is admitted: done. It is not: grow from the base, the largest gain first."""
+        """The plan of all the best is admitted: done, unless rehearsals have found a faster one since. It is not: grow
+        from the base, the largest gain first."""
         if self._growing:
             self._grown = plan if time_us is not None else self._grown
-        elif time_us is not None or len(self._gains) == 1:
-            self.closed = True
+        elif time_us is not None or self._put or len(self._gains) == 1:
+            self._put = self._put or time_us is not None
+            self._next = self._rehearsal.ahead_of(plan) if time_us is not None else None
+            self.closed = self._next is None
             return
         self._growing = True
         if not self._gains:

@@ -136,11 +136,14 @@ class Recorder:
         taken = self.database.take_lapsed(self.study, self.owner, self._lease_s, accepts)
         return None if taken is None else (Plan.from_dict(taken.plan), taken.stage)
 
-    def end(self, candidate: Candidate, attempt: Attempt, resources: dict[str, int] | None = None) -> None:
-        """Writes a claimed trial."""
+    def end(
+        self, candidate: Candidate, attempt: Attempt, resources: dict[str, int] | None = None, *, counts: bool = True
+    ) -> None:
+        """Writes a claimed trial. One that only fills the time of an idle device does not count among those that the
+        budget is for."""
         key = candidate.key(self.problem)
         _, begun = self._running.pop(key)
-        if attempt.outcome != "rejected":
+        if counts and attempt.outcome != "rejected":
             self.evaluated += 1
             self._busy_s += time.monotonic() - begun
         trial = self._trial(candidate, attempt, self._resources(attempt, resources or {}))

@@ -7,13 +7,15 @@ each stage that its own times do not tell apart, end-to-end times decide, at no 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import heapq
+from collections.abc import Iterator, Mapping
 
 from sse_tune.plan import Plan, StageChoice
 
-_CLOSE = 1.03  # times the fastest of a stage
-_AT_MOST = 3  # configs of a stage
+_CLOSE = 1.05  # times the fastest of a stage
+_AT_MOST = 4  # configs of a stage
 _SURE = 0.98  # of the sum of stage times: a gain that no order within the plan takes back
+_CLEARLY = 0.99  # of the time of a plan that was chosen: worth the admission of another
 
 Ranking = list[tuple[StageChoice, float]]  # with times in us, fastest first
 
@@ -30,21 +32,29 @@ class Rehearsal:
         self._times: dict[Plan, float | None] = {}  # None: on its way, or it failed
 
     def next(self, rankings: Mapping[str, Ranking]) -> Plan | None:
-        """The best of every stage; then, around the fastest plan so far, one stage by another of its leaders; None:
-        all of these were asked for."""
+        """The best of every stage; then, around the fastest plan so far, one stage by another of its leaders; then all
+        plans of leaders by the sum of their stages' times; None: all of these were asked for."""
         first = self.fastest_stages(rankings)
         if first not in self._times:
             return self._asked(first)
         around = self.favourite or first
-        for stage, ranking in sorted(rankings.items(), key=lambda pair: -pair[1][0][1] if pair[1] else 0.0):
-            for choice, time_us in ranking[:_AT_MOST]:
-                plan = around.replace_stage(stage, choice)
-                if plan not in self._times and time_us <= _CLOSE * ranking[0][1]:
-                    return self._asked(plan)
+        leaders = {
+            stage: [pair for pair in ranking[:_AT_MOST] if pair[1] <= _CLOSE * ranking[0][1]]
+            for stage, ranking in sorted(rankings.items(), key=lambda pair: -pair[1][0][1] if pair[1] else 0.0)
+            if ranking
+        }
+        near = (around.replace_stage(stage, choice) for stage, pairs in leaders.items() for choice, _ in pairs)
+        for plan in near:
+            if plan not in self._times:
+                return self._asked(plan)
+        for stages in _by_sum(leaders):
+            plan = dataclasses.replace(self._base, stages={**self._base.stages, **stages})
+            if plan not in self._times:
+                return self._asked(plan)
         return None
 
     def tell(self, plan: Plan, time_us: float | None) -> bool:
-        """What became of a plan that was asked for; whether it is the fastest so far."""
+        """What became of a plan that was asked for, or a better measurement of it; whether it is the fastest so far."""
         self._times[plan] = time_us
         return time_us is not None and plan == self.favourite
 
@@ -62,6 +72,13 @@ class Rehearsal:
             return first
         return favourite
 
+    def ahead_of(self, plan: Plan) -> Plan | None:
+        """The favourite, if it is clearly faster than a plan that was chosen before; None: it is not."""
+        favourite, time_us = self.favourite, self._times.get(plan)
+        if favourite is None or time_us is None:
+            return None
+        return favourite if (self._times[favourite] or time_us) < _CLEARLY * time_us else None
+
     def fastest_stages(self, rankings: Mapping[str, Ranking]) -> Plan:
         best = {stage: ranking[0][0] for stage, ranking in rankings.items() if ranking}
         return dataclasses.replace(self._base, stages={**self._base.stages, **best})
@@ -69,6 +86,23 @@ class Rehearsal:
     def _asked(self, plan: Plan) -> Plan:
         self._times[plan] = None
         return plan
+
+
+def _by_sum(leaders: Mapping[str, Ranking]) -> Iterator[dict[str, StageChoice]]:
+    """A choice for each stage, in all ways, the least sum of times first."""
+    stages = list(leaders)
+    begin = (0,) * len(stages)
+    left = [(0.0, begin)]  # by how much more than the least sum, and the place of each stage's choice in its ranking
+    seen = {begin}
+    while left:
+        _, places = heapq.heappop(left)
+        yield {stage: leaders[stage][place][0] for stage, place in zip(stages, places)}
+        for number, stage in enumerate(stages):
+            other = (*places[:number], places[number] + 1, *places[number + 1 :])
+            if other[number] < len(leaders[stage]) and other not in seen:
+                seen.add(other)
+                pairs = zip(stages, other)
+                heapq.heappush(left, (sum(leaders[s][place][1] - leaders[s][0][1] for s, place in pairs), other))
 
 
 def _sum_us(plan: Plan, rankings: Mapping[str, Ranking]) -> float:

@@ -67,7 +67,8 @@ class Strategy(Proposer):
         return None
 
     def rehearsed(self, plan: Plan, time_us: float | None) -> bool:
-        """The median time of what was rehearsed, None: it failed; whether it is the fastest so far at this point."""
+        """The median time of what was rehearsed, None: it failed; told again once it is known better. Whether it is the
+        fastest so far at its outer point."""
         return False
 
     @abc.abstractmethod
@@ -160,7 +161,8 @@ class Decomposed(Strategy):
             first=[default, *([promising] if promising else []), *(plan.outer for plan in known_plans)],
         )  # fmt: skip
         self._outer.enqueue(default)
-        self._count = min(settings.max_points, len(self._outer.configs))
+        # a start that took long leaves time for one by the clock: then what the model puts first is still tried
+        self._count = min(max(settings.max_points, 2 if promising else 1), len(self._outer.configs))
         self._opened = 0
         self._begin: float | None = None
         self._closing: list[Point] = []  # what they put together is still compiled or run, while the next is tuned
@@ -193,7 +195,7 @@ class Decomposed(Strategy):
     def tell(self, candidate: Candidate, time_us: float | None) -> None:
         if candidate.kind == "plan" and time_us is not None:
             self.plan_times[candidate.plan] = time_us
-        for point in (*self._closing, *([] if self._point is None else [self._point])):
+        for point in self._open_points:
             if candidate.stage is None or point is self._point:
                 point.tell(candidate, time_us)
 
@@ -209,11 +211,12 @@ class Decomposed(Strategy):
         self._point.correct(candidate, time_us)
 
     def rehearse(self) -> Plan | None:
-        return None if self._point is None or self.stopped else self._point.rehearse()
+        return next((plan for point in self._open_points if (plan := point.rehearse()) is not None), None)
 
     def rehearsed(self, plan: Plan, time_us: float | None) -> bool:
-        here = self._point is not None and plan.outer == self._point.base.outer
-        return here and self._point.rehearsed(plan, time_us)  # type: ignore[union-attr]
+        # of a point that is closed by now nothing is put together any more
+        point = next((point for point in self._open_points if point.base.outer == plan.outer), None)
+        return point is not None and point.rehearsed(plan, time_us)
 
     def progress(self) -> tuple[str, int, int]:
         if self._point is None:
@@ -224,6 +227,10 @@ class Decomposed(Strategy):
     @property
     def base(self) -> Plan | None:
         return self._point.base if self._point is not None and self._point.admitted else None
+
+    @property
+    def _open_points(self) -> list[Point]:
+        return [*([] if self._point is None else [self._point]), *self._closing]
 
     def worth_tuning(self, base_us: float) -> bool:
         """Whether a base of this time can still lead to the best plan."""

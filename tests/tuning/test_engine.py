@@ -126,7 +126,7 @@ class InstantLanes:
 
     def wait(self, timeout_s):
         job, tag = self.running.pop()
-        if job.function is jobs.time_stage_in_turn:
+        if job.function in (jobs.time_stage_in_turn, jobs.time_plans_in_turn):
             plans = job.arguments[0]
             self.in_turn.append(plans)
             if self.fails:
@@ -228,3 +228,17 @@ def test_plans_of_leaders_are_rehearsed_once_the_leaders_are_known_well(leaders_
     assert kinds.count("combination") == 2, "not a trial of the plan, which is admitted by more"
     assert engine.recorder.best_us is None
     assert late, "late in exploring the fastest goes to the compilers"
+    assert engine.recorder.evaluated == len(plans), "what fills the time of an idle device is none that was asked for"
+
+
+def test_plans_that_were_rehearsed_run_in_turn_too(leaders_setting):
+    lanes = InstantLanes({}, {}, rehearsals=2)
+    engine, strategy, plans = leaders_setting(lanes)
+    lanes.first_us |= {plan: 100.0 * number for number, plan in enumerate(plans, start=1)}  # no stage has a rival
+    lanes.true_us |= {plans[0]: 505.0, plans[1]: 495.0}
+    strategy.plans_to_rehearse = list(plans[:2])
+    engine.run(strategy, 1.0)
+    assert lanes.in_turn == [plans[:2]]
+    assert strategy.heard == {plans[0]: 505.0, plans[1]: 495.0}
+    written = [len(t.timings_us) for t in engine.recorder.database.trials() if t.kind == "combination"]
+    assert sorted(written) == [3, 3, 33, 33]

@@ -143,6 +143,15 @@ def test_neighbours_are_compiled_before_they_are_tried(setting, default):
     assert {plan for name, plan in events[compared[0] : first] if name == "compile"} >= wanted - {default}
 
 
+def test_only_neighbours_that_seem_faster_are_admitted_like_other_plans(setting, default):
+    faster = varied(default, chunk_size=32)
+    engine = setting(ScriptedLanes(lambda plan: 90.0 if plan == faster else 100.0))
+    assert decide(engine, default, []).plan == faster
+    tried = {(t.kind, config_of(Plan.from_dict(t.plan))["chunk_size"]) for t in engine.recorder.database.trials()}
+    assert {("combination", 32), ("plan", 32), ("combination", 128)} <= tried
+    assert ("plan", 128) not in tried
+
+
 def test_neighbours_differ_in_one_step_of_one_parameter(setting, default):
     found = list(neighbours(default, "whole", setting(ScriptedLanes(lambda plan: 1.0))))
     assert found

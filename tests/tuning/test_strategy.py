@@ -288,6 +288,31 @@ def test_what_was_rehearsed_fastest_is_put_together(recorded):
     assert strategy.rehearse() is None
 
 
+def test_a_faster_plan_rehearsed_while_another_is_compiled_is_asked_for_too(recorded):
+    strategy = Decomposed(recorded, Settings(sampler="exhaustive", max_points=1))
+    while (asked := strategy.ask()).stage is not None or not strategy.plan_times:
+        strategy.tell(asked, recorded.answer_us(asked))
+    strategy.rehearsed(asked.plan, 100.0)
+    other = strategy.rehearse()
+    assert not strategy.finished and strategy.ask() is None
+    strategy.rehearsed(other, 90.0)
+    strategy.tell(asked, 101.0)
+    assert strategy.ask() == Candidate("plan", other)
+    strategy.tell(Candidate("plan", other), None)  # not admitted: the first stands
+    assert strategy.ask() is None and strategy.finished
+    assert strategy.plans()[0] == asked.plan
+
+
+@pytest.mark.parametrize(("rule", "points"), [("gdn", 2), ("gla", 1)])
+def test_the_most_promising_point_is_opened_however_little_time_is_left(rule, points):
+    problem = PROBLEM if rule == "gdn" else PROBLEM.replace(rule="gla")
+    landscape = Templates(problem, DEVICE, ("triton",))
+    assert (landscape.promising() is None) == (rule == "gla")
+    settings = Settings(sampler="random", max_points=1, max_stage_trials=1)
+    asked = drive(Decomposed(landscape, settings), lambda candidate: 1000.0)
+    assert len({candidate.plan.outer for candidate in asked}) == points
+
+
 def test_the_next_point_is_begun_while_a_plan_that_was_put_together_is_compiled(recorded):
     strategy = Decomposed(recorded, Settings(sampler="exhaustive", max_points=2))
     while (asked := strategy.ask()).stage is not None or not strategy.plan_times:
