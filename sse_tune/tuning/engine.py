@@ -164,10 +164,8 @@ class Engine:
     def _use_idle(self, strategy: Strategy) -> bool:
         """While nothing that is asked for is compiled: has the leaders of a stage, or the fastest plans that were
         rehearsed, run in turn, or rehearses another plan of leaders. Whether there was anything to do."""
-        base = strategy.base
-        group = None if base is None else self._leaders.next(base)
-        group = group or self._leaders.next(None)
-        if group is not None:
+        groups = (self._leaders.next(base) for base in (*strategy.bases, None))
+        if (group := next((group for group in groups if group is not None), None)) is not None:
             rivals, leaders = group
             self.lanes.submit(
                 self.evaluator.job_in_turn(leaders), functools.partial(self._sharpen, strategy, rivals, leaders)
@@ -196,7 +194,7 @@ class Engine:
             self._leaders.note(rivals, candidate, attempt.timings_us)
             if candidate.stage is None:
                 strategy.rehearsed(candidate.plan, attempt.time_us)
-            elif candidate.base == strategy.base and attempt.time_us is not None:
+            elif candidate.base in strategy.bases and attempt.time_us is not None:
                 strategy.correct(candidate, attempt.time_us)
 
     def _rehearsed(self, strategy: Strategy, candidate: Candidate, result: JobResult) -> None:
@@ -269,12 +267,11 @@ class Engine:
                     self._submit(strategy, candidate, self.compile(candidate), told=True)
         if self.lanes.free and time.monotonic() >= self._next_lapsed and self.recorder.may_go_on():
             self._next_lapsed = time.monotonic() + _LAPSED_S
-            base = strategy.base
-            lapsed = self.recorder.take_lapsed(
-                lambda plan, stage: stage is None or (base is not None and base.outer == plan.outer)
-            )
+            bases = {base.outer: base for base in strategy.bases}
+            lapsed = self.recorder.take_lapsed(lambda plan, stage: stage is None or plan.outer in bases)
             if lapsed is not None:
                 plan, stage = lapsed
-                candidate = Candidate("plan" if stage is None else "stage", plan, base if stage else None, stage)
+                base = None if stage is None else bases[plan.outer]
+                candidate = Candidate("plan" if stage is None else "stage", plan, base, stage)
                 if self.recorder.claim(candidate):
                     self._submit(strategy, candidate, self.compile(candidate), told=False)

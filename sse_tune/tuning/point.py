@@ -130,14 +130,6 @@ class Point:
         track.study.withdraw(candidate.plan.stages[candidate.stage].config)
         return True
 
-    @property
-    def progress(self) -> tuple[int, int]:
-        """Trials made, and those there may be."""
-        tracks = self._tracks or []
-        return sum(track.asked - track.out for track in tracks), sum(
-            min(len(track.study.configs), track.limit) for track in tracks
-        )
-
     def _track_of(self, candidate: Candidate) -> Track:
         assert candidate.stage is not None
         choice = candidate.plan.stages[candidate.stage]

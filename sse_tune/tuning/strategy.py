@@ -58,7 +58,7 @@ class Strategy(Proposer):
         """A candidate that was asked for need not be run, the budget being used; False: it must be all the same."""
 
     def correct(self, candidate: Candidate, time_us: float) -> None:
-        """A stage's candidate that was told has been measured better, on the `base` of now."""
+        """A stage's candidate that was told has been measured better, on one of the `bases` of now."""
         raise AssertionError("a strategy without a base has no stages to be measured again")
 
     def rehearse(self) -> Plan | None:
@@ -76,9 +76,9 @@ class Strategy(Proposer):
         """For people: the phase, and how many of how many trials are made in it."""
 
     @property
-    def base(self) -> Plan | None:
-        """The admitted plan that stages are measured on now; None: there is none."""
-        return None
+    def bases(self) -> tuple[Plan, ...]:
+        """The admitted plans that stages are measured on now."""
+        return ()
 
 
 class WholePlans(Strategy):
@@ -139,7 +139,8 @@ class WholePlans(Strategy):
 
 class Decomposed(Strategy):
     """Outer points pruned by the roofline, the default and the most promising one before those that Optuna proposes; in
-    each, stages tuned apart and put together.
+    each, stages tuned apart and put together. The first two, which share the contracts of most stages, are asked by
+    turns; the others one after the other.
 
     Args:
         landscape: what can be chosen.
@@ -161,12 +162,13 @@ class Decomposed(Strategy):
             first=[default, *([promising] if promising else []), *(plan.outer for plan in known_plans)],
         )  # fmt: skip
         self._outer.enqueue(default)
-        # a start that took long leaves time for one by the clock: then what the model puts first is still tried
-        self._count = min(max(settings.max_points, 2 if promising else 1), len(self._outer.configs))
+        self._together = 2 if promising else 1
+        self._count = min(max(settings.max_points, self._together), len(self._outer.configs))
         self._opened = 0
         self._begin: float | None = None
-        self._closing: list[Point] = []  # what they put together is still compiled or run, while the next is tuned
-        self._point = self._open()
+        self._points: list[Point] = []  # the next to be asked first
+        self._closing: list[Point] = []  # what they put together is still compiled or run, while others are tuned
+        self._refill()
 
     def ask(self) -> Candidate | None:
         for point in list(self._closing):
@@ -176,27 +178,31 @@ class Decomposed(Strategy):
             if point.closed:
                 self._closing.remove(point)
                 self._close(point)
-        while self._point is not None:
+        self._refill()
+        while self._points:
             if self.best_base_us is not None and self._to_compare and not self.stopped:
                 return Candidate("plan", self._to_compare.pop(0))
-            candidate = self._point.ask()
-            if candidate is not None:
-                return candidate
-            if self._point.closed:
-                self._close(self._point)
-            elif self._point.is_tuned:
-                self._closing.append(self._point)
-            else:
-                return None
-            self._point = None if self.stopped else self._open()
-        self.finished = not self._closing
+            for point in list(self._points):
+                candidate = point.ask()
+                if candidate is not None:
+                    self._points.sort(key=lambda other: other is point)  # its next turn is after the others'
+                    return candidate
+                if point.closed or point.is_tuned:
+                    self._points.remove(point)
+                    if point.closed:
+                        self._close(point)
+                    else:
+                        self._closing.append(point)
+            if not self._refill():
+                break
+        self.finished = not self._points and not self._closing
         return None
 
     def tell(self, candidate: Candidate, time_us: float | None) -> None:
         if candidate.kind == "plan" and time_us is not None:
             self.plan_times[candidate.plan] = time_us
-        for point in self._open_points:
-            if candidate.stage is None or point is self._point:
+        for point in (*self._points, *self._closing):
+            if candidate.stage is None or candidate.base == point.base:
                 point.tell(candidate, time_us)
 
     def stop(self) -> None:
@@ -204,33 +210,32 @@ class Decomposed(Strategy):
         self._to_compare = []
 
     def withdraw(self, candidate: Candidate) -> bool:
-        return self._point is not None and self._point.withdraw(candidate)
+        return any(point.withdraw(candidate) for point in self._points if point.base == candidate.base)
 
     def correct(self, candidate: Candidate, time_us: float) -> None:
-        assert self._point is not None and candidate.base == self._point.base, "measured on buffers of another point"
-        self._point.correct(candidate, time_us)
+        (point,) = (point for point in self._points if point.base == candidate.base)
+        point.correct(candidate, time_us)
 
     def rehearse(self) -> Plan | None:
-        return next((plan for point in self._open_points if (plan := point.rehearse()) is not None), None)
+        points = (*self._points, *self._closing)
+        return next((plan for point in points if (plan := point.rehearse()) is not None), None)
 
     def rehearsed(self, plan: Plan, time_us: float | None) -> bool:
         # of a point that is closed by now nothing is put together any more
-        point = next((point for point in self._open_points if point.base.outer == plan.outer), None)
-        return point is not None and point.rehearsed(plan, time_us)
+        points = [point for point in (*self._points, *self._closing) if point.base.outer == plan.outer]
+        return bool(points) and points[0].rehearsed(plan, time_us)
 
     def progress(self) -> tuple[str, int, int]:
-        if self._point is None:
+        if not self._points:
             return "plans", 1, 1
-        done, total = self._point.progress
-        return f"C={self._point.base.outer.get('chunk_size')} stages", done, total
+        done = sum(track.asked - track.out for track in self.tracks.values())
+        most = sum(min(len(track.study.configs), track.limit) for track in self.tracks.values())
+        sizes = sorted({int(point.base.outer["chunk_size"]) for point in self._points})
+        return f"C={','.join(map(str, sizes))} stages", done, most
 
     @property
-    def base(self) -> Plan | None:
-        return self._point.base if self._point is not None and self._point.admitted else None
-
-    @property
-    def _open_points(self) -> list[Point]:
-        return [*([] if self._point is None else [self._point]), *self._closing]
+    def bases(self) -> tuple[Plan, ...]:
+        return tuple(point.base for point in self._points if point.admitted)
 
     def worth_tuning(self, base_us: float) -> bool:
         """Whether a base of this time can still lead to the best plan."""
@@ -240,6 +245,14 @@ class Decomposed(Strategy):
 
     def _close(self, point: Point) -> None:
         self._outer.tell(point.base.outer, point.best_us)
+
+    def _refill(self) -> bool:
+        """Opens the next point, if none is open or it is one of the first, once that before it is known to run; whether
+        there was one."""
+        is_next = not self._points or (self._opened < self._together and all(p.admitted for p in self._points))
+        point = self._open() if is_next and not self.stopped else None
+        self._points += [] if point is None else [point]
+        return point is not None
 
     def _open(self) -> Point | None:
         while self._opened < self._count and (outer := self._outer.ask()) is not None:
@@ -251,6 +264,6 @@ class Decomposed(Strategy):
             if self._begin is None:
                 self._begin = self.settings.used()
             self._opened += 1
-            until = self._begin + (1 - self._begin) * self._opened / self._count
-            return Point(self, base, until)
+            share = min(max(self._opened, self._together), self._count) / self._count
+            return Point(self, base, self._begin + (1 - self._begin) * share)
         return None

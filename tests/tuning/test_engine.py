@@ -104,8 +104,8 @@ class Stages(Strategy):
         return "stages", 0, 1
 
     @property
-    def base(self):
-        return self._base
+    def bases(self):
+        return (self._base,)
 
 
 class InstantLanes:
