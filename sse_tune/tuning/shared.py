@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import optuna
 import sqlalchemy as sa
 
 from sse_tune.database.keys import fits
+from sse_tune.database.records import Answer
 from sse_tune.database.shipped import shipped_answers
 from sse_tune.database.store import TuningDatabase
 from sse_tune.device import Device, toolchain
-from sse_tune.errors import ConstraintError, DatabaseError, DeviceError, PlanError
+from sse_tune.errors import ConstraintError, DatabaseError, DeviceError, PlanError, ProblemError
 from sse_tune.plan import Plan
-from sse_tune.problem import Problem
+from sse_tune.problem import Bucket, Problem
 from sse_tune.runtime.dispatch import by_distance, narrow
 from sse_tune.templates.registry import graph_of, validate_plan
 from sse_tune.tuning.samplers import quiet
@@ -21,6 +23,7 @@ from sse_tune.tuning.workload import Workload
 
 _KNOWN_PLANS = 3
 _OTHER_DEVICE, _OTHER_ARCH = 1.0, 2.0  # how much farther an answer of another GPU is, in doublings of the rows
+_OTHER_STREAMS = 2.0  # the always-on stream alone beside partitions: another number of rows, the same kernels
 _LOCK = 7355609  # PostgreSQL advisory lock held while Optuna makes its tables
 
 
@@ -36,7 +39,7 @@ def known_plans(
     workload = Workload.of(problem)
     ranked: list[tuple[float, int, Plan]] = []
     for entry in workload.problems:
-        for distance, answer in by_distance(entry.bucket, answers):
+        for distance, answer in (*by_distance(entry.bucket, answers), *_of_other_streams(entry.bucket, answers)):
             same = answer.device == device.slug
             other = 0.0 if same else _OTHER_DEVICE if answer.arch == device.arch else _OTHER_ARCH
             ranked.append((distance + other, len(ranked), answer.plan))
@@ -55,6 +58,23 @@ def known_plans(
             continue
         found[plan] = None
     return list(found)[:_KNOWN_PLANS]
+
+
+def _of_other_streams(wanted: Bucket, answers: Sequence[Answer]) -> list[tuple[float, Answer]]:
+    """For the always-on stream alone the answers with partitions, and the other way round: no call takes one for the
+    other, but what is fast there is worth a trial."""
+    found = []
+    for answer in answers:
+        try:
+            theirs = Bucket.from_name(answer.bucket)
+        except ProblemError:
+            continue  # see `by_distance`
+        if (theirs.num_partitions == 0) != (wanted.num_partitions == 0):
+            as_there = dataclasses.replace(
+                wanted, num_partitions=theirs.num_partitions, top_k=theirs.top_k, read_k=theirs.read_k
+            )
+            found += [(distance + _OTHER_STREAMS, answer) for distance, _ in by_distance(as_there, (answer,))]
+    return found
 
 
 def incumbent(

@@ -290,3 +290,14 @@ def test_the_incumbent_is_the_fastest_answer_that_fits(small, cpu, default, tmp_
         kept = varied(default, chunk_size=32)
         database.put_answer(answer_of(small, cpu, kept, 50.0))
         assert incumbent(database, small, cpu) == kept
+
+
+def test_the_always_on_stream_alone_begins_with_what_is_fast_beside_partitions(tmp_path):
+    problem, hopper = Problem.preset("spikingbrain2-5b"), Device("cuda", "NVIDIA H200", "sm_90", 132, 227 * 1024)
+    plain = problem.replace(num_partitions=0, top_k=0, read_k=0)
+    with TuningDatabase(tmp_path / "tuning.db") as database:
+        found = known_plans(database, plain, hopper, ("triton", "tilelang"))
+        assert found and set(found) <= set(known_plans(database, problem, hopper, ("triton", "tilelang")))
+        own = default_plan(plain, hopper, "triton")
+        database.put_answer(answer_of(plain, hopper, own))
+        assert known_plans(database, plain, hopper, ("triton", "tilelang"))[0] == own, "its own are nearer"
