@@ -73,8 +73,10 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        settings, names, held = ctx.settings, ctx.names.split(","), ctx.saved_tensors
-        tensors, saved = list(held[: len(names)]), list(held[len(names) :])
+        settings, names, held = ctx.settings, ctx.names.split(","), list(ctx.saved_tensors)
+        tensors, saved = held[: len(names)], held[len(names) :]
+        del held
+        ctx.maybe_clear_saved_tensors()  # unless the graph is kept, they are let go as the pass has read them
         do, d_final_state = _result_gradients(grads, tensors[names.index("v")], settings.output_final_state)
         if torch.is_grad_enabled():  # create_graph: the operator refuses to be differentiated, and does not forget it
             found = backward_op(
@@ -118,10 +120,11 @@ def _forward(tensors: Sequence[Tensor], names: str, settings: Settings) -> tuple
 
 
 def _backward(
-    tensors: Sequence[Tensor], names: str, saved: Sequence[Tensor], do: Tensor, d_final_state: Tensor | None,
+    tensors: Sequence[Tensor], names: str, saved: list[Tensor], do: Tensor, d_final_state: Tensor | None,
     settings: Settings,
 ) -> list[Tensor]:
-    """The gradients of the inputs that have one, in the order of `gradient_names` and of the inputs' shapes."""
+    """The gradients of the inputs that have one, in the order of `gradient_names` and of the inputs' shapes. May empty
+    `saved`."""
     if _is_prepared(tensors[0]):
         given, names = [*tensors, do], f"{names},do"
         if d_final_state is not None:

@@ -49,14 +49,15 @@ class Pass:
         self._shapes = dict(zip(recording.results, map(tuple, shapes), strict=True))
         self._bound: dict[tuple[Any, ...], Launches] = {}
 
-    def run(self, tensors: Sequence[Tensor], saved: Sequence[Tensor] = ()) -> Results:
+    def run(self, tensors: Sequence[Tensor], saved: list[Tensor] | None = None) -> Results:
         """Launches it on the current stream of the tensors' GPU, without waiting for it.
 
         Args:
             tensors: contiguous, of the specs it was recorded for, in their order. One that does not start at a multiple
                 of ADDRESS_ALIGNMENT bytes is copied: kernels read several values at once.
-            saved: the blocks of the pass before.
+            saved: the blocks of the pass before. The list is emptied, and each let go by the last stage that reads it.
         """
+        saved = [] if saved is None else saved
         device = tensors[0].device
         if device.type != "cuda":
             return self._run(tensors, saved, device, self._launches(None, ()), 0)
@@ -65,13 +66,13 @@ class Pass:
         with torch.cuda.device(device):
             return self._run_on_gpu(tensors, saved, device)
 
-    def _run_on_gpu(self, tensors: Sequence[Tensor], saved: Sequence[Tensor], device: torch.device) -> Results:
+    def _run_on_gpu(self, tensors: Sequence[Tensor], saved: list[Tensor], device: torch.device) -> Results:
         cubin.enter_context(device.index)
         launches = self._launches(device.index, bound.compiler_state())
         return self._run(tensors, saved, device, launches, torch.cuda.current_stream(device).cuda_stream)
 
     def _run(
-        self, tensors: Sequence[Tensor], saved: Sequence[Tensor], device: torch.device, launches: Launches, stream: int
+        self, tensors: Sequence[Tensor], saved: list[Tensor], device: torch.device, launches: Launches, stream: int
     ) -> Results:
         recording = self._recording
         table, copies = list(recording.table), []  # copies live until the launches that read them are made
@@ -81,9 +82,11 @@ class Pass:
             if table[slot] % ADDRESS_ALIGNMENT:
                 copies.append(tensor.clone())
                 table[slot] = copies[-1].data_ptr()
-        for block, held in zip(recording.saved_in, saved, strict=True):
-            assert held.nbytes == block.nbytes, (held.nbytes, block.nbytes)
-            block.place(table, held.data_ptr())
+        assert [block.nbytes for block in recording.saved_in] == [block.nbytes for block in saved]
+        held = dict(enumerate(saved))
+        saved.clear()
+        for place, block in enumerate(recording.saved_in):
+            block.place(table, held[place].data_ptr())
         results: dict[int, Tensor] = {}
         blocks: dict[int, Tensor] = {}
         for step, bound_launches in zip(recording.steps, launches):
@@ -98,6 +101,8 @@ class Pass:
                 launch(pick(table), stream)
             for number in step.ends:
                 del blocks[number]
+            for place in step.saved_ends:
+                del held[place]
         return Results([results[slot] for slot in recording.results], [blocks[n] for n in recording.saved_out])
 
     def _launches(self, index: int | None, state: tuple[Any, ...]) -> Launches:

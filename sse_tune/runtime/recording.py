@@ -57,12 +57,14 @@ class Step:
         blocks: number and block, numbers counted through the pass.
         launches: each with the slot of every argument by its name.
         ends: numbers of blocks.
+        saved_ends: places in `saved_in` of blocks that the pass before left and no later stage reads.
     """
 
     results: tuple[tuple[int, torch.dtype], ...]
     blocks: tuple[tuple[int, Block], ...]
     launches: tuple[tuple[Launch, Mapping[str, int]], ...]
     ends: tuple[int, ...]
+    saved_ends: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +88,18 @@ class Recording:
 
 
 def saved_blocks(plan: Plan, problem: Problem) -> tuple[tuple[int, tuple[tuple[str, int], ...]], ...]:
-    """What a forward pass leaves for the backward pass, a block for each stage that writes some of it: its bytes, and
-    names and offsets of the buffers in it."""
-    names = set(saved_names(plan, problem))
+    """What a forward pass leaves for the backward pass, a block for all that one stage writes and one stage reads last:
+    its bytes, and names and offsets of the buffers in it."""
+    stages = stages_of(problem, plan.outer)
+    writer = {name: stage.name for stage in stages for name in stage.writes}
+    last_reader = {name: stage.name for stage in stages for name in stage.reads}
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in saved_names(plan, problem):
+        groups.setdefault((writer[name], last_reader[name]), []).append(name)
     blocks = []
-    for stage in stages_of(problem, plan.outer):
-        written = [name for name in stage.writes if name in names and not stage.backward]
-        if written:
-            nbytes, offsets = _carve([_nbytes(buffer_spec(name, problem, plan)) for name in written])
-            blocks.append((nbytes, tuple(zip(written, offsets))))
+    for names in groups.values():
+        nbytes, offsets = _carve([_nbytes(buffer_spec(name, problem, plan)) for name in names])
+        blocks.append((nbytes, tuple(zip(names, offsets))))
     return tuple(blocks)
 
 
@@ -162,7 +167,7 @@ class _Recorder:
         self._kept: list[torch.Tensor] = []
         self._stage = -1
         self._born: dict[int, int] = {}  # slot to stage; none of what was handed in
-        self._last: dict[int, int] = {}  # slot to the last stage that launches with it
+        self._last: dict[int, int] = {}  # slot of a tensor to the last stage that launches with it
         self._launches: list[list[tuple[Launch, dict[str, int]]]] = []
         for tensor in self.tensors.values():
             self.slot(tensor)
@@ -206,12 +211,15 @@ class _Recorder:
         groups += [(born, death, slots) for (born, death), slots in passing.items()]
         blocks = [self._block([(slot, nbytes[slot]) for slot in slots]) for _, _, slots in groups]
         numbered = list(enumerate(groups))
+        # one that no launch reads is held to the end
+        last_of = [max(self._last.get(slot, self._stage) for slot, _ in block.members) for block in saved_in]
         steps = tuple(
             Step(
                 results=tuple((slot, dtype) for slot, dtype in dtypes.items() if self._born[slot] == stage),
                 blocks=tuple((number, blocks[number]) for number, (born, _, _) in numbered if born == stage),
                 launches=tuple(self._launches[stage]),
                 ends=tuple(number for number, (_, death, _) in numbered if death == stage),
+                saved_ends=tuple(place for place, last in enumerate(last_of) if last == stage),
             )
             for stage in range(self._stage + 1)
         )
@@ -241,7 +249,7 @@ class _Recorder:
             is_tensor = isinstance(value, torch.Tensor)
             slots[name] = self.slot(value) if is_tensor else self._number(value)
             shown[name] = Pointer(value.dtype) if is_tensor else value
-            if slots[name] in self._born:
+            if is_tensor:
                 self._last[slots[name]] = self._stage
         launch = Launch(kernel, tuple(int(extent) for extent in grid), shown, num_warps, num_stages)
         self._launches[-1].append((launch, slots))

@@ -30,6 +30,8 @@ class Rehearsal:
     def __init__(self, base: Plan) -> None:
         self._base = base
         self._times: dict[Plan, float | None] = {}  # None: on its way, or it failed
+        self._leaders: dict[str, list[StageChoice]] = {}
+        self._by_sum: Iterator[Plan] = iter(())  # of these leaders
 
     def next(self, rankings: Mapping[str, Ranking]) -> Plan | None:
         """The best of every stage; then, around the fastest plan so far, one stage by another of its leaders; then all
@@ -43,15 +45,13 @@ class Rehearsal:
             for stage, ranking in sorted(rankings.items(), key=lambda pair: -pair[1][0][1] if pair[1] else 0.0)
             if ranking
         }
-        near = (around.replace_stage(stage, choice) for stage, pairs in leaders.items() for choice, _ in pairs)
-        for plan in near:
-            if plan not in self._times:
-                return self._asked(plan)
-        for stages in _by_sum(leaders):
-            plan = dataclasses.replace(self._base, stages={**self._base.stages, **stages})
-            if plan not in self._times:
-                return self._asked(plan)
-        return None
+        choices = {stage: [choice for choice, _ in pairs] for stage, pairs in leaders.items()}
+        if choices != self._leaders:
+            self._leaders, self._by_sum = choices, self._in_order(leaders)
+        near = (around.replace_stage(stage, choice) for stage, own in choices.items() for choice in own)
+        left = (plan for plans in (near, self._by_sum) for plan in plans if plan not in self._times)
+        plan = next(left, None)
+        return None if plan is None else self._asked(plan)
 
     def tell(self, plan: Plan, time_us: float | None) -> bool:
         """What became of a plan that was asked for, or a better measurement of it; whether it is the fastest so far."""
@@ -82,6 +82,10 @@ class Rehearsal:
     def fastest_stages(self, rankings: Mapping[str, Ranking]) -> Plan:
         best = {stage: ranking[0][0] for stage, ranking in rankings.items() if ranking}
         return dataclasses.replace(self._base, stages={**self._base.stages, **best})
+
+    def _in_order(self, leaders: Mapping[str, Ranking]) -> Iterator[Plan]:
+        for stages in _by_sum(leaders):
+            yield dataclasses.replace(self._base, stages={**self._base.stages, **stages})
 
     def _asked(self, plan: Plan) -> Plan:
         self._times[plan] = None

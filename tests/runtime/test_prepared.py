@@ -21,7 +21,7 @@ from sse_tune.runtime import autograd, pipeline, prepared, recording
 from sse_tune.runtime.pipeline import Execution, gradient_names
 from sse_tune.runtime.prepared import Pass, backward_pass, forward_pass
 from sse_tune.runtime.recording import record_backward, record_forward, saved_blocks
-from sse_tune.runtime.settings import write_problem
+from sse_tune.runtime.settings import Settings, write_problem
 from sse_tune.templates.registry import default_plan, find_template
 from sse_tune.templates.stages import GRAPHS
 from tests.runtime.cases import assert_close, exact, make_case, with_gradients
@@ -347,17 +347,15 @@ def test_memory_lasts_no_longer_than_the_stages_need(name):
     forward = len(held)
     if problem.trains:
         execution.backward(meta["v"], torch.empty(pipeline.state_shape(problem), device="meta"))
-    saved = sum(nbytes for nbytes, _ in saved_blocks(plan, problem))
     for made, expected in zip(passes, (held[:forward], held[forward:])):
-        alive = {}
+        alive = {("saved", place): block for place, block in enumerate(made.saved_in)}
         for step, allowed in zip(made.steps, expected, strict=True):
             alive |= dict(step.blocks)
             scratch = sum(block.nbytes for block in alive.values() if _is_scratch(block, step))
             slack = 2 * recording.BLOCK_ALIGNMENT * sum(len(block.members) for block in alive.values())
             now = sum(block.nbytes for block in alive.values()) - scratch
-            # saved buffers stay with autograd until a backward pass ends
-            assert now <= allowed + slack + (0 if made is passes[0] else saved)
-            for number in step.ends:
+            assert now <= allowed + slack
+            for number in (*step.ends, *(("saved", place) for place in step.saved_ends)):
                 del alive[number]
 
 
@@ -383,6 +381,46 @@ def test_blocks_are_freed_with_the_stages_they_end_with(monkeypatch):
         expected += [count] * len(step.launches)
         count -= len(step.ends)
     assert alive == expected and len(results.saved) == count
+
+
+def test_saved_blocks_are_let_go_while_a_backward_pass_runs_unless_the_graph_is_kept(monkeypatch):
+    problem, plan, inputs = case_of("gdn")
+    empty, blocks, alive = torch.empty, [], []
+
+    def allocate(*shape, **more):
+        made = empty(*shape, **more)
+        if made.dtype == torch.uint8:
+            blocks.append(weakref.ref(made))
+        return made
+
+    def bind(launch, index):
+        return tuple(launch.args), lambda values, stream: alive.append(sum(block() is not None for block in saved))
+
+    monkeypatch.setattr(autograd, "_is_prepared", lambda tensor: True)
+    monkeypatch.setattr(Pass.__init__, "__defaults__", (bind,))
+    monkeypatch.setattr(torch, "empty", allocate)
+    forward_pass.cache_clear()
+    backward_pass.cache_clear()
+    saved = []
+    settings = Settings(write_problem(problem), plan.to_json(), SCALE, False)
+    tensors = {
+        name: tensor.detach().requires_grad_(name != "cu_seqlens" and tensor.is_floating_point())
+        for name, tensor in inputs.present().items()
+    }
+    o, _ = autograd.run_at_once(tensors, settings)
+    saved += [block for block in blocks if block() is not None]
+    count = len(saved_blocks(plan, problem))
+    assert len(saved) == count > 2
+    alive.clear()
+    o.sum().backward(retain_graph=True)
+    assert set(alive) == {count}
+    alive.clear()
+    o.sum().backward()
+    assert alive[0] == count and alive == sorted(alive, reverse=True)
+    last_stage = [block for block in saved_blocks(plan, problem) if {"inv", "chosen"} & {name for name, _ in block[1]}]
+    assert alive[-1] == len(last_stage) < count
+    forward_pass.cache_clear()
+    backward_pass.cache_clear()
 
 
 def _is_scratch(block, step):
