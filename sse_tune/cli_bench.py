@@ -46,6 +46,9 @@ def bench(
     occupancy: Annotated[
         str | None, typer.Option(help="Each side with a skewed router too: shares of first choices, as 90,4,3,3.")
     ] = None,
+    head_groups: Annotated[
+        str | None, typer.Option(help="The best plan also with its heads in groups, for less memory, as 2,4.")
+    ] = None,
     plot: Annotated[
         pathlib.Path | None, typer.Option(help="A picture of time against T or N; needs sse-tune[plot].")
     ] = None,
@@ -60,10 +63,15 @@ def bench(
     from sse_tune.bench.plans import bench as bench_plans
     from sse_tune.bench.plot import draw
     from sse_tune.bench.roofline import measure_ceilings
+    from sse_tune.runtime.checks import check_head_groups
 
     limit = seconds(time_limit)
     here = find_device(device)
     problems = _problems(choice, here.kind, partition_counts)
+    groups = () if head_groups is None else _numbers("--head-groups", head_groups, "2,4")
+    for problem in problems:
+        for count in groups:
+            check_head_groups(count, problem.num_heads)
     axis = None if plot is None else _plot_axis(plot, problems)
     shares = [_shares(problem, occupancy) for problem in problems]
     if peers:
@@ -72,7 +80,10 @@ def bench(
     found = []
     for problem, skewed in zip(problems, shares):
         found.append(
-            bench_plans(problem, here, db, limit, peers=peers, ceilings=ceilings, stages=stages, occupancy=skewed)
+            bench_plans(
+                problem, here, db, limit, peers=peers, ceilings=ceilings, stages=stages, occupancy=skewed,
+                head_groups=groups,
+            )
         )
         if not as_json:
             _print(found[-1], here.kind, stages)
@@ -86,14 +97,19 @@ def _problems(choice: ProblemChoice, kind: str, counts: str | None) -> list[Prob
     problems = choice.problems(kind)
     if counts is None:
         return problems
-    words = [word.strip() for word in counts.split(",")]
-    if not all(word.isdecimal() and int(word) for word in words):
-        raise UsageError("--partition-counts must be numbers above 0", repr(counts), "write 4,8,32")
+    numbers = _numbers("--partition-counts", counts, "4,8,32")
     if choice.partitions is not None:
         raise UsageError(
             "--partitions and --partition-counts exclude each other", f"{choice.partitions} and {counts}", "give one"
         )
-    return [problem.replace(num_partitions=int(word)) for problem in problems for word in words]
+    return [problem.replace(num_partitions=number) for problem in problems for number in numbers]
+
+
+def _numbers(option: str, text: str, example: str) -> tuple[int, ...]:
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdecimal() and int(word) for word in words):
+        raise UsageError(f"{option} must be numbers above 0", repr(text), f"write {example}")
+    return tuple(map(int, words))
 
 
 def _shares(problem: Problem, text: str | None) -> tuple[float, ...] | None:
@@ -174,6 +190,8 @@ def _cells(result: SideResult | None, floor_us: float) -> tuple[str, str, str]:
 
 def _note(own: Bench, name: str) -> str:
     """Where a plan comes from, how far a peer is from the reference, why something was not timed."""
+    from sse_tune.bench.plans import grouped_name
+
     notes = [f"{part.direction}: {part.reason}" for part in own.left_out if part.name == name]
     report = next((peer for peer in own.peers if peer.name == name), None)
     if report is not None and report.reason is not None:
@@ -183,6 +201,10 @@ def _note(own: Bench, name: str) -> str:
     has_best = any(result.name == "best" for result in own.results)
     if name == ("best" if has_best else "default"):
         notes.append(f"plan {own.decision.plan.key}: {own.decision.reason}")
+    for groups, decisions in own.grouped.items():
+        if name == grouped_name(groups):
+            decision = decisions[own.problem.direction]
+            notes.append(f"plan {decision.plan.key}: {decision.reason}")
     return "; ".join(notes)
 
 

@@ -139,6 +139,7 @@ class _SSE(nn.Module):
         cu_seqlens: Tensor | None = None,
         state: LayerState | None = None,
         output_state: bool = False,
+        head_groups: int = 1,
     ) -> tuple[Tensor, LayerState | None, Tensor]:
         """Mix the tokens of each sequence.
 
@@ -147,6 +148,7 @@ class _SSE(nn.Module):
             cu_seqlens: `[S + 1]`, packed sequences; requires B == 1.
             state: what an earlier call returned for the tokens before these.
             output_state: also return the state after these tokens.
+            head_groups: as of `sse_attention`: the value heads in so many groups, less memory for some time.
 
         Returns:
             y `[B, T, hidden_size]`, the state or None, and the router's logits `[B, T, N]` for `balance_loss`.
@@ -170,7 +172,7 @@ class _SSE(nn.Module):
             shared_q=self._repeat(q1), shared_k=self._repeat(k1), shared_g=g1, shared_beta=beta1,
             qk_l2norm=self._qk_l2norm, gate_before_norm=self._qk_l2norm, read_k=self.num_reader,
             initial_state=None if state is None else state.recurrent, output_final_state=output_state,
-            cu_seqlens=cu_seqlens,
+            cu_seqlens=cu_seqlens, head_groups=head_groups,
         )  # fmt: skip
         gate = None if self.g_proj is None else self.g_proj(x).unflatten(-1, (self.num_v_heads, self.head_v_dim))
         y = self.o_proj(self.o_norm(o, gate).flatten(-2))

@@ -85,6 +85,15 @@ def test_every_parameter_learns(layer):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+def test_heads_in_groups_change_nothing(layer):
+    x = torch.randn(2, 9, 24)
+    (one, state, _), (other, state_of_groups, _) = (
+        layer(x, output_state=True, head_groups=groups) for groups in (1, 2)
+    )
+    torch.testing.assert_close(other, one)
+    torch.testing.assert_close(state_of_groups.recurrent, state.recurrent)
+
+
 def test_packed_sequences_do_not_meet(layer):
     x = torch.randn(1, 10, 24)
     packed, state, _ = layer(x, cu_seqlens=torch.tensor([0, 3, 3, 10]), output_state=True)

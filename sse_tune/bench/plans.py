@@ -10,7 +10,7 @@ import torch
 from sse_tune.bench.memory import LeftOut, free, leaving_out
 from sse_tune.bench.peers import PeerReport, peer_sides
 from sse_tune.bench.roofline import measure_ceilings
-from sse_tune.bench.sides import Side, SideResult, directions_of, graph_pool, own_sides, time_what_fits
+from sse_tune.bench.sides import Side, SideResult, directions_of, graph_pool, grouped_side, own_sides, time_what_fits
 from sse_tune.bench.stages import StageTime, time_stages
 from sse_tune.database.store import TuningDatabase
 from sse_tune.device import Device
@@ -39,6 +39,7 @@ class Bench:
         left_out: what did not fit in memory.
         occupancy: the share of tokens that choose each partition first, in the sides whose name ends in `SKEWED`; None:
             there are none.
+        grouped: number of head groups -> direction -> where the plan of one group comes from.
     """
 
     problem: Problem
@@ -49,6 +50,7 @@ class Bench:
     stages: dict[str, dict[str, StageTime]] = dataclasses.field(default_factory=dict)
     left_out: tuple[LeftOut, ...] = ()
     occupancy: tuple[float, ...] | None = None
+    grouped: dict[int, dict[str, Decision]] = dataclasses.field(default_factory=dict)
 
     @property
     def decision(self) -> Decision:
@@ -80,6 +82,10 @@ class Bench:
             **_plan(self.decision),
             "timings": {name: result.to_dict() for name, result in self.of(self.problem.direction).items()},
             "forward": forward,
+            "head_groups": {
+                groups: {way: _plan(decision) for way, decision in found.items()}
+                for groups, found in self.grouped.items()
+            },
             "peers": [peer.to_dict() for peer in self.peers],
             "left_out": [dataclasses.asdict(part) for part in self.left_out],
             "floor_us": self.floor.time_us,
@@ -91,6 +97,11 @@ class Bench:
                 name: {stage: time.to_dict() for stage, time in times.items()} for name, times in self.stages.items()
             },
         }
+
+
+def grouped_name(groups: int) -> str:
+    """The side of the best plan with its heads in so many groups."""
+    return f"best, {groups} head groups"
 
 
 def _plan(decision: Decision) -> dict[str, object]:
@@ -109,6 +120,7 @@ def bench(
     ceilings: Ceilings | None = None,
     stages: bool = False,
     occupancy: tuple[float, ...] | None = None,
+    head_groups: tuple[int, ...] = (),
 ) -> Bench:
     """Times everything that can run a problem, in turn, on random inputs of its size.
 
@@ -121,6 +133,7 @@ def bench(
         ceilings: of the device, measured before in this process; None: they are measured now, two seconds more.
         stages: each stage of this project's plans alone, too.
         occupancy: shares of first choices by partition: every side a second time, with a router that has them.
+        head_groups: the best plan also with its heads in so many groups, each a divisor of H.
 
     Returns:
         Bench: what does not fit in the device's memory is in its `left_out`.
@@ -147,6 +160,15 @@ def bench(
         for name, plan in own.items():
             for suffix, case in cases.items():
                 sides.extend(own_sides(name + suffix, plan, posed, device, case, pool, left_out))
+    grouped: dict[int, dict[str, Decision]] = {}
+    for groups in head_groups:
+        part = problem.replace(num_heads=problem.num_heads // groups)
+        grouped[groups] = {way: decide(part.replace(direction=way), device, database) for way in decisions}
+        for way, decision in grouped[groups].items():
+            posed = part.replace(direction=way)
+            for suffix, case in cases.items():
+                name = grouped_name(groups) + suffix
+                sides.extend(grouped_side(name, groups, decision.plan, posed, device, case, left_out))
     others, reports = peer_sides(problem, device, cases) if peers and cases else ([], [])
     sides.extend(others)
     results = time_what_fits(sides, where, time_limit_s, left_out) if sides else []
@@ -156,7 +178,7 @@ def bench(
             with leaving_out("stages" + suffix, problem.direction, left_out):
                 named = {name + suffix: plan for name, plan in plans[problem.direction].items()}
                 alone |= time_stages(named, case, device, time_limit_s)
-    return Bench(problem, decisions, floors, tuple(results), tuple(reports), alone, tuple(left_out), occupancy)
+    return Bench(problem, decisions, floors, tuple(results), tuple(reports), alone, tuple(left_out), occupancy, grouped)
 
 
 def _plans(problem: Problem, device: Device, decision: Decision) -> dict[str, Plan]:

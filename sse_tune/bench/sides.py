@@ -106,8 +106,9 @@ def calls_of(run: Run, problem: Problem, inputs: Inputs, do: Tensor) -> dict[str
     return calls
 
 
-def own_run(plan: Plan, problem: Problem, device: Device, scale: float) -> Run:
-    """A plan of this project, called as its users call it: checks, dispatch and autograd included."""
+def own_run(plan: Plan, problem: Problem, device: Device, scale: float, head_groups: int = 1) -> Run:
+    """A plan of this project, called as its users call it: checks, dispatch and autograd included. With `head_groups`
+    the problem and the plan are those of one group, the inputs of all."""
     kernel = Kernel(problem, device, Decision(plan, "given", "named by the benchmark"))
     rows = (problem.batch, problem.seq_len)
 
@@ -122,7 +123,7 @@ def own_run(plan: Plan, problem: Problem, device: Device, scale: float) -> Run:
             shared_beta=x.get("shared_beta"), qk_l2norm=problem.norm != "none",
             gate_before_norm=problem.norm == "before", scale=scale,
             read_k=problem.readers if problem.num_partitions else None,
-            cu_seqlens=x["cu_seqlens"] if problem.num_sequences is not None else None,
+            cu_seqlens=x["cu_seqlens"] if problem.num_sequences is not None else None, head_groups=head_groups,
         )  # fmt: skip
         return o.flatten(0, 1)
 
@@ -162,6 +163,24 @@ def own_sides(
         with leaving_out(name + GRAPH, problem.direction, left_out):
             sides.append(Side(name + GRAPH, problem.direction, measure.captured(launches, pool)))
     return sides
+
+
+def grouped_side(
+    name: str, groups: int, plan: Plan, part: Problem, device: Device, case: Case, left_out: list[LeftOut]
+) -> list[Side]:
+    """The heads in groups, as a call.
+
+    Args:
+        name: of the side.
+        groups: how many.
+        plan, part: those of one group.
+        device, case, left_out: see `own_sides`.
+    """
+    run = own_run(plan, part, device, case.scale, groups)
+    call = calls_of(run, part, case.inputs, case.do)[part.direction]
+    with leaving_out(name, part.direction, left_out):
+        return [Side(name, part.direction, call, peak_bytes(call, device))]
+    return []
 
 
 def peak_bytes(call: Callable[[], object], device: Device) -> int | None:

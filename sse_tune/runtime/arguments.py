@@ -39,6 +39,7 @@ class Arguments:
     initial_state: torch.Tensor | None
     output_final_state: bool
     cu_seqlens: torch.Tensor | None
+    head_groups: int = 1
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """The tensors that are there, by argument name."""
@@ -70,7 +71,8 @@ Fields = tuple[tuple[str, int | str | bool | None], ...]
 
 
 def check(arguments: Arguments) -> Fields:
-    """The fields of the problem these arguments pose, for `pose`: plain values, which torch.compile can carry.
+    """The fields of the problem these arguments pose, for `pose`: plain values, which torch.compile can carry. Where
+    heads come in groups it is the problem of one group.
 
     What the tensors hold is looked at on the CPU only, where looking costs no synchronisation: `g <= 0`, and that
     `cu_seqlens` starts at 0, never decreases and ends at T.
@@ -103,7 +105,7 @@ _NUMBERS = (int, float, type(None))
 
 def _check_once(arguments: Arguments, tensors: dict[str, torch.Tensor], trains: bool) -> Fields:
     """`_check`, whose answer follows from what the key holds. Types are in it since 1 == True == 1.0."""
-    numbers = (arguments.top_k, arguments.read_k, arguments.scale)
+    numbers = (arguments.top_k, arguments.read_k, arguments.scale, arguments.head_groups)
     types = tuple([type(number) for number in numbers])
     key = (
         tuple([(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()]),
@@ -142,13 +144,14 @@ def _check(arguments: Arguments, tensors: dict[str, torch.Tensor], trains: bool)
         num_partitions, arguments.top_k, arguments.read_k, arguments.scale, arguments.qk_l2norm,
         arguments.gate_before_norm,
     )
+    checks.check_head_groups(arguments.head_groups, num_heads)
     num_sequences = checks.check_cu_seqlens(tensors["cu_seqlens"], batch, seq_len) if "cu_seqlens" in tensors else None
     states = (num_sequences or batch, int(has_shared) + num_partitions, num_heads, head_dim, head_dim_v)
     checks.check_initial_state(tensors, states)
     return (
         ("rule", "gdn" if "beta" in tensors else "gla"),
         ("seq_len", seq_len),
-        ("num_heads", num_heads),
+        ("num_heads", num_heads // arguments.head_groups),
         ("head_dim", head_dim),
         ("head_dim_v", head_dim_v),
         ("batch", batch),

@@ -56,7 +56,7 @@ def run_at_once(tensors: dict[str, Tensor], settings: Settings) -> tuple[Tensor,
     if read_problem(settings.problem).trains:
         results = _Function.apply(names, settings, *given)
     else:
-        results, _ = _forward([tensor.contiguous() for tensor in given], names, settings)
+        results, _ = run_forward([tensor.contiguous() for tensor in given], names, settings)
     return results[0], results[1] if settings.output_final_state else None
 
 
@@ -64,7 +64,7 @@ class _Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, names: str, settings: Settings, *given: Tensor) -> tuple[Tensor, ...]:
         tensors = [tensor.contiguous() for tensor in given]
-        results, saved = _forward(tensors, names, settings)
+        results, saved = run_forward(tensors, names, settings)
         # o and the final state are not needed again
         ctx.set_materialize_grads(False)
         ctx.names, ctx.settings = names, settings
@@ -77,18 +77,13 @@ class _Function(torch.autograd.Function):
         tensors, saved = held[: len(names)], held[len(names) :]
         del held
         ctx.maybe_clear_saved_tensors()  # unless the graph is kept, they are let go as the pass has read them
-        do, d_final_state = _result_gradients(grads, tensors[names.index("v")], settings.output_final_state)
-        if torch.is_grad_enabled():  # create_graph: the operator refuses to be differentiated, and does not forget it
-            found = backward_op(
-                tensors, ctx.names, saved, do, d_final_state, settings.problem, settings.plan, settings.scale
-            )
-        else:
-            found = _backward(tensors, ctx.names, saved, do, d_final_state, settings)
+        do, d_final_state = result_gradients(grads, tensors[names.index("v")], settings.output_final_state)
+        found = gradients(tensors, ctx.names, saved, do, d_final_state, settings)
         by_name = dict(zip(gradient_names(names), found))
         return None, None, *[by_name.get(name) for name in names]
 
 
-def _result_gradients(
+def result_gradients(
     grads: Sequence[Tensor | None], v: Tensor, has_final_state: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Contiguous gradients of o, whose shape is that of v, and of the final state if it was used."""
@@ -99,7 +94,7 @@ def _result_gradients(
     return do.contiguous(), None if d_final_state is None else d_final_state.contiguous()
 
 
-def _forward(tensors: Sequence[Tensor], names: str, settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
+def run_forward(tensors: Sequence[Tensor], names: str, settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
     """o and the final state if asked for, and what the backward pass needs if the problem trains. Tokens may be `[R]`
     or `[B, T]`, in the results as in what is given."""
     if _is_prepared(tensors[0]):
@@ -119,7 +114,7 @@ def _forward(tensors: Sequence[Tensor], names: str, settings: Settings) -> tuple
     return [o] if final_state is None else [o, final_state], execution.saved() if posed.trains else []
 
 
-def _backward(
+def run_backward(
     tensors: Sequence[Tensor], names: str, saved: list[Tensor], do: Tensor, d_final_state: Tensor | None,
     settings: Settings,
 ) -> list[Tensor]:
@@ -137,6 +132,19 @@ def _backward(
     return [gradient.reshape(present[name].shape) for name, gradient in found.items()]
 
 
+def gradients(
+    tensors: list[Tensor], names: str, saved: list[Tensor], do: Tensor, d_final_state: Tensor | None,
+    settings: Settings,
+) -> list[Tensor]:
+    """`run_backward` in an autograd function: where a graph of the gradients is asked for (create_graph) the operator
+    runs it, which refuses to be differentiated, and does not forget it."""
+    if torch.is_grad_enabled():
+        return backward_op(
+            tensors, names, saved, do, d_final_state, settings.problem, settings.plan, settings.scale
+        )
+    return run_backward(tensors, names, saved, do, d_final_state, settings)
+
+
 def _inputs(present: dict[str, Tensor]) -> Inputs:
     is_flat = present["q"].dim() == 3
     return Inputs(**{name: t if is_flat else flatten_tokens(name, t) for name, t in present.items()})
@@ -152,7 +160,7 @@ def _specs(tensors: Sequence[Tensor]) -> tuple[Spec, ...]:
 
 
 def _saved_specs(problem: str, plan: str, tensor: Tensor) -> list[Spec]:
-    """Of what `_forward` saves where this tensor is."""
+    """Of what `run_forward` saves where this tensor is."""
     chosen, posed = read_plan(plan), read_problem(problem)
     if _is_prepared(tensor):
         return [((nbytes,), torch.uint8) for nbytes, _ in saved_blocks(chosen, posed)] if posed.trains else []
@@ -169,7 +177,7 @@ def forward_op(
 ) -> list[Tensor]:
     """o, the final state if asked for, and what the backward pass needs if the problem trains."""
     given = [tensor.contiguous() for tensor in tensors]  # a compiler may have laid them out its own way
-    results, saved = _forward(given, names, Settings(problem, plan, scale, output_final_state))
+    results, saved = run_forward(given, names, Settings(problem, plan, scale, output_final_state))
     return results + saved
 
 
@@ -197,7 +205,7 @@ def backward_op(
     """The gradients of the inputs that have one, in the order of `gradient_names`."""
     settings, given = Settings(problem, plan, scale, d_final_state is not None), [t.contiguous() for t in tensors]
     d_state = None if d_final_state is None else d_final_state.contiguous()
-    return _backward(given, names, saved, do.contiguous(), d_state, settings)
+    return run_backward(given, names, saved, do.contiguous(), d_state, settings)
 
 
 @backward_op.register_fake
@@ -220,7 +228,7 @@ def _op_backward(ctx: Any, grads: list[Tensor | None]) -> tuple:
     names = ctx.names.split(",")
     held = ctx.saved_tensors  # asked for once: checkpointing computes it each time
     tensors, saved = list(held[: len(names)]), list(held[len(names) :])
-    do, d_final_state = _result_gradients(grads, tensors[names.index("v")], ctx.has_final_state)
+    do, d_final_state = result_gradients(grads, tensors[names.index("v")], ctx.has_final_state)
     found = backward_op(tensors, ctx.names, saved, do, d_final_state, ctx.problem, ctx.plan, ctx.scale)
     by_name = dict(zip(gradient_names(names), found))
     return [by_name.get(name) for name in names], None, None, None, None, None

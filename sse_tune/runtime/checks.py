@@ -138,6 +138,14 @@ def check_numbers(
         raise ProblemError("`scale` must be a finite number", f"scale={scale!r}", "pass a float, or None for K^-1/2")
 
 
+def check_head_groups(head_groups: int, num_heads: int) -> None:
+    if isinstance(head_groups, bool) or not isinstance(head_groups, int) or head_groups < 1 or num_heads % head_groups:
+        raise ProblemError(
+            "`head_groups` must be an integer above 0 that divides H", f"head_groups={head_groups!r}, H={num_heads}",
+            "pass 1, or another divisor of H",
+        )
+
+
 def check_cu_seqlens(cu_seqlens: torch.Tensor, batch: int, seq_len: int) -> int:
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ProblemError(

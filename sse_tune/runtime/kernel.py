@@ -30,7 +30,8 @@ class Kernel:
     """What `sse_attention` runs for a problem on a device.
 
     Args:
-        problem: what it was decided for; calls may differ in batch, length and packing.
+        problem: what it was decided for; calls may differ in batch, length and packing, and have `head_groups` times
+            its heads.
         device: where it was decided for.
         decision: the plan, and why.
     """
@@ -83,6 +84,7 @@ class Kernel:
         initial_state: Tensor | None = None,
         output_final_state: bool = False,
         cu_seqlens: Tensor | None = None,
+        head_groups: int = 1,
     ) -> tuple[Tensor, Tensor | None]:
         """`sse_attention` by this plan, whatever the databases say now.
 
@@ -93,7 +95,7 @@ class Kernel:
             q=q, k=k, v=v, g=g, router_logits=router_logits, top_k=top_k, beta=beta, shared_q=shared_q,
             shared_k=shared_k, shared_g=shared_g, shared_beta=shared_beta, qk_l2norm=qk_l2norm,
             gate_before_norm=gate_before_norm, scale=scale, read_k=read_k, initial_state=initial_state,
-            output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+            output_final_state=output_final_state, cu_seqlens=cu_seqlens, head_groups=head_groups,
         )  # fmt: skip
         problem = pose(check(arguments))
         self._check_kind(problem, q.device)

@@ -32,6 +32,7 @@ def sse_attention(
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
+    head_groups: int = 1,
 ) -> tuple[Tensor, Tensor | None]:
     """Linear attention with sparse state expansion, differentiable, by the best kernels known for this GPU and shape.
 
@@ -55,6 +56,8 @@ def sse_attention(
         output_final_state: also return the state after each sequence's last token.
         cu_seqlens: `[S + 1]` int32 or int64 on the device of q, first token of each packed sequence and T; B == 1.
             None: S = B sequences of T tokens.
+        head_groups: the heads are computed in so many groups, one after the other, by the kernels known for the heads
+            of one group; divides H. Less memory at the peak, for copies of each group's inputs (docs/memory.md).
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state `[S, P, H, K, V]` fp32 or None.
@@ -68,7 +71,7 @@ def sse_attention(
         q=q, k=k, v=v, g=g, router_logits=router_logits, top_k=top_k, beta=beta, shared_q=shared_q,
         shared_k=shared_k, shared_g=shared_g, shared_beta=shared_beta, qk_l2norm=qk_l2norm,
         gate_before_norm=gate_before_norm, scale=scale, read_k=read_k, initial_state=initial_state,
-        output_final_state=output_final_state, cu_seqlens=cu_seqlens,
+        output_final_state=output_final_state, cu_seqlens=cu_seqlens, head_groups=head_groups,
     )
     graph, problem, plan = _resolve(check(arguments), str(q.device))
     return call(arguments, graph, problem, plan)

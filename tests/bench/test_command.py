@@ -123,6 +123,15 @@ def test_skewed_routing_stands_beside_the_uniform_one(tmp_path):
     assert "skewed: first choices at 90/10 %" in " ".join(found.stdout.split())
 
 
+def test_heads_in_groups_stand_beside_all_at_once(tmp_path):
+    found = run(*TINY, "--heads", 4, "--seq-len", 16, "--head-groups", "2, 4", "--db", tmp_path / "none.db")
+    assert found.exit_code == 0, found.output
+    (bench,) = json.loads(found.stdout.splitlines()[-1])["benches"]
+    sides = {"default", "best, 2 head groups", "best, 4 head groups"}
+    assert bench["timings"].keys() == bench["forward"]["timings"].keys() == sides
+    assert "--heads 1 " in bench["head_groups"]["4"]["fwd+bwd"]["reason"]  # that of a group
+
+
 def test_the_plan_that_ran_is_named(tmp_path):
     found = run(*TINY, "--seq-len", 16, "--db", tmp_path / "none.db")
     (bench,) = json.loads(found.stdout.splitlines()[-1])["benches"]
@@ -160,6 +169,8 @@ def test_what_does_not_fit_is_left_out_with_the_reason(monkeypatch, tmp_path):
         (("--occupancy", "0,0"), "not all 0"),
         (("--partition-counts", "2,4"), "exclude each other"),
         (("--partition-counts", "2,x"), "must be numbers"),
+        (("--head-groups", "1,x"), "must be numbers"),
+        (("--head-groups", "2"), "divides H"),
         (("--peers",), "--peers needs"),
     ],
 )

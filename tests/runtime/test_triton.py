@@ -9,6 +9,7 @@ from sse_tune.runtime.arguments import check, pose
 from sse_tune.runtime.call import call
 from sse_tune.runtime.settings import write_problem
 from sse_tune.templates.registry import default_plan
+from sse_tune.tuning import measure
 from tests.runtime.cases import assert_close, exact, make_case, with_gradients
 from tests.runtime.test_pipeline import arguments_of
 
@@ -94,13 +95,38 @@ def test_forward_and_backward_are_captured_in_a_cuda_graph(name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["gdn", "packed", "gla"])
+def test_head_groups_on_the_gpu(name):
+    case = make_case(**CASES[name], heads=4, key=64, value=64)
+
+    def in_groups(**given):
+        return st.sse_attention(**given, head_groups=2)
+
+    assert_close(cpu(_with_gradients_on_gpu(in_groups, case)), exact(case), 3e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [2, 4])
+def test_head_groups_take_less_memory_on_the_gpu(groups):
+    case = on_gpu(make_case("gdn", heads=8, seq_len=2048, key=64, value=64))
+    leaves = [tensor.requires_grad_() for tensor in case.values() if torch.is_tensor(tensor)]
+
+    def step(**more):
+        return torch.autograd.grad(st.sse_attention(**case, **more)[0].sum(), leaves)
+
+    at_once, in_groups = (measure.peak_bytes(lambda n=n: step(head_groups=n), "cuda") for n in (1, groups))
+    assert in_groups < at_once * {2: 0.85, 4: 0.7}[groups]
+
+
+@pytest.mark.gpu
 def test_nothing_synchronises():
     case = on_gpu(make_case(**CASES["gdn"], key=64, value=64))
     case["v"].requires_grad_()
-    st.sse_attention(**case)[0].sum().backward()
+    for groups in (1, 2):
+        st.sse_attention(**case, head_groups=groups)[0].sum().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        o, _ = st.sse_attention(**case)
+        o = sum(st.sse_attention(**case, head_groups=groups)[0] for groups in (1, 2))
         (o.sum() + st.load_balance_loss(case["router_logits"], 2)).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
