@@ -252,3 +252,14 @@ def test_warps_of_score_gradients_have_rows_of_their_own(arch):
             assert 16 * config["num_warps"] == chunk_size
             assert space.violations(MAIN, config.replace(num_warps=8), ARCHS[arch], outer)
     assert next(space.configs(MAIN, ARCHS[arch], OUTER), None) is not None
+
+
+@pytest.mark.parametrize(("block_v", "num_stages", "times"), [(128, 2, 1), (64, 1, 2)])
+def test_gradients_fetch_no_piece_beyond_the_last(block_v, num_stages, times):
+    """With one piece of V and two slots, the loop over the first pieces fetched a third one: past the end of h."""
+    case = Case("gdn_gradients", "sm_90", config=(("block_v", block_v), ("num_stages", num_stages)), states="store")
+    (launch,) = record_launches(
+        find_template("tilelang", case.template), case.problem, case.outer, config_of(case), with_states=False
+    )
+    source = str(tilelang._generate(launch.kernel, case.arch)[0])
+    assert len(re.findall(r"&\(h\[", source)) == times

@@ -239,10 +239,11 @@ def factory(
                     io.fence()
                     T.gemm(b_x[at, :, :], b_s[at, :, :], b_xk, transpose_B=True, policy=by_columns)
                     T.sync_threads()
-                    fetch(
-                        t + STAGES, dh, h, w, do, dv_rows, d_final_state, initial_state, b_s, b_x, b_y, slots_v,
-                        i_before, i_after, i_state, first, n_rows, i_h, tx,
-                    )  # fmt: skip
+                    if t + STAGES < 2 * NV:
+                        fetch(
+                            t + STAGES, dh, h, w, do, dv_rows, d_final_state, initial_state, b_s, b_x, b_y, slots_v,
+                            i_before, i_after, i_state, first, n_rows, i_h, tx,
+                        )  # fmt: skip
                     T.ptx_commit_group()
                     if t == NV - 1:
                         for i, j in T.Parallel(C, K):
