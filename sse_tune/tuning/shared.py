@@ -18,6 +18,7 @@ from sse_tune.plan import Plan
 from sse_tune.problem import Bucket, Problem
 from sse_tune.runtime.dispatch import by_distance, narrow
 from sse_tune.templates.registry import graph_of, validate_plan
+from sse_tune.tuning.landscape import base_plan
 from sse_tune.tuning.samplers import quiet
 from sse_tune.tuning.workload import Workload
 
@@ -32,8 +33,9 @@ def known_plans(
 ) -> list[Plan]:
     """Plans that are good elsewhere and run here, on all entries: of neighbouring buckets and GPUs, the nearest first.
 
-    They come from the database and from the answers that are shipped. Their sources and toolchain may be others: they
-    are proposals, admitted and measured like all.
+    They come from the database and from the answers that are shipped. Their sources and toolchain may be others, and
+    what they run by backends that are not searched here is replaced by the default: they are proposals, admitted and
+    measured like all.
     """
     answers = (*database.answers(), *shipped_answers())
     workload = Workload.of(problem)
@@ -49,15 +51,28 @@ def known_plans(
         if theirs.graph not in graphs:
             continue
         try:
-            plan = narrow(theirs, workload.problem)
-            if {choice.backend for choice in plan.stages.values()} - set(backends):
-                continue
+            plan = _by_backends(narrow(theirs, workload.problem), workload, device, backends)
             for entry in workload.problems:
                 validate_plan(plan, entry, device)
         except (PlanError, ConstraintError, DeviceError):
             continue
         found[plan] = None
     return list(found)[:_KNOWN_PLANS]
+
+
+def _by_backends(plan: Plan, workload: Workload, device: Device, backends: tuple[str, ...]) -> Plan:
+    """A plan without the backends that are not searched: their stages at the default.
+
+    Raises ConstraintError or PlanError when the plan's outer choices have no default here.
+    """
+    if {choice.backend for choice in plan.stages.values()} <= set(backends):
+        return plan
+    base = base_plan(workload, device, backends[0], plan.outer)
+    stages = {
+        stage: choice if choice.backend in backends else base.stages.get(stage, choice)
+        for stage, choice in plan.stages.items()
+    }
+    return dataclasses.replace(plan, stages=stages)
 
 
 def _of_other_streams(wanted: Bucket, answers: Sequence[Answer]) -> list[tuple[float, Answer]]:

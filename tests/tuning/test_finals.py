@@ -274,11 +274,22 @@ def test_answers_of_neighbouring_shapes_and_gpus_are_proposed_nearest_first(smal
 def test_shipped_answers_are_known_for_other_gpus(tmp_path):
     problem, blackwell = Problem.preset("spikingbrain2-5b"), Device.from_arch("sm_100")
     with TuningDatabase(tmp_path / "tuning.db") as database:
-        found = known_plans(database, problem, blackwell, ("triton",))
-        assert all(plan.graph == "staged" for plan in found)
+        found = known_plans(database, problem, blackwell, ("triton", "tilelang"))
+        assert found and all(plan.graph == "staged" for plan in found)
         assert incumbent(database, problem, blackwell) is None, "it was measured elsewhere"
-        hopper = Device("cuda", "NVIDIA H200", "sm_90", 132, 227 * 1024)
-        assert known_plans(database, problem, hopper, ("triton",))
+
+
+def test_known_plans_run_by_the_default_what_they_ran_by_a_backend_that_is_not_searched(tmp_path):
+    problem, hopper = Problem.preset("spikingbrain2-5b"), Device("cuda", "NVIDIA H200", "sm_90", 132, 227 * 1024)
+    with TuningDatabase(tmp_path / "tuning.db") as database:
+        mixed = known_plans(database, problem, hopper, ("triton", "tilelang"))[0]
+        alone = known_plans(database, problem, hopper, ("triton",))[0]
+    assert {choice.backend for choice in mixed.stages.values()} == {"triton", "tilelang"}
+    base = default_plan(problem, hopper, "triton", mixed.outer)
+    assert alone.outer == mixed.outer
+    assert alone.stages == {
+        stage: choice if choice.backend == "triton" else base.stages[stage] for stage, choice in mixed.stages.items()
+    }
 
 
 def test_the_incumbent_is_the_fastest_answer_that_fits(small, cpu, default, tmp_path):
