@@ -18,7 +18,7 @@ from sse_tune.problem import Problem
 from sse_tune.space import Config
 from sse_tune.templates.buffers import BUFFERS, Sizes
 from sse_tune.templates.registry import Call, Program, Template, is_compiled
-from sse_tune.templates.stages import Stage, stages_of
+from sse_tune.templates.stages import ROWS_OF_TOKENS, Stage, stages_of
 
 if TYPE_CHECKING:
     import torch
@@ -169,6 +169,8 @@ def meta_tensors(stage: Stage, sizes: Sizes, outer: Config, *, with_states: bool
             specs[name] = (buffer.shape(sizes), dtypes[buffer.dtype_in(problem, outer)])
         elif name in results:
             specs[name] = results[name]
+            if name in ROWS_OF_TOKENS and not problem.num_partitions:
+                specs[ROWS_OF_TOKENS[name]] = results[name]
     return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in specs.items()}
 
 

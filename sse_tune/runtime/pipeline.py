@@ -18,7 +18,7 @@ from sse_tune.problem import Problem
 from sse_tune.space import Config
 from sse_tune.templates.buffers import BUFFERS, Sizes
 from sse_tune.templates.registry import Call, Launcher, find_template
-from sse_tune.templates.stages import Stage, stages_of
+from sse_tune.templates.stages import ROWS_OF_TOKENS, Stage, stages_of
 from sse_tune.templates.torch.whole import compute
 
 DTYPES = {
@@ -230,6 +230,8 @@ class Execution:
             if name not in self.tensors and self._wanted(name):
                 shape, dtype = self._spec(name)
                 self.tensors[name] = self._allocate(shape, dtype=dtype, device=self.device)
+                if name in ROWS_OF_TOKENS and not self.problem.num_partitions:
+                    self.tensors[ROWS_OF_TOKENS[name]] = self.tensors[name]
         with self._current_device():
             self._call(stage, self.plan.stages[stage.name])
         if self.keep:

@@ -22,8 +22,9 @@ STAGED_OUTER = Space(
     params=(
         Param("chunk_size", (16, 32, 64, 128), 64, "C, rows of one chunk"),
         Param("state_dtype", ("io", "fp32"), "io", "of the stored chunk states: the problem's dtype, or fp32"),
-        Param("states", ("recompute", "store"), "recompute",
-              "gone through with the output, and once more for the gradients; or kept at boundaries the first time",
+        Param("states", ("recompute", "store", "joint"), "recompute",
+              "gone through with the output, and once more for the gradients; or kept at boundaries the first time; "
+              "or kept by walks that make the rows too (GLA)",
               rule_defaults=(("gla", "store"),)),
         Param("split", (0, 16, 32, 64, 128), 0, "GDN: chunks of a group, all groups walked side by side; 0: no groups"),
     ),
@@ -33,10 +34,12 @@ STAGED_OUTER = Space(
         Constraint("C=128 needs 16-bit operands", lambda p, c, d: c["chunk_size"] < 128 or p.dtype != "fp32"),
         Constraint("fp32 states differ from io only for 16-bit dtypes in training",
                    lambda p, c, d: c["state_dtype"] == "io" or (p.dtype != "fp32" and p.trains)),
+        Constraint("GDN's scan makes its rows with the states already, see `store`",
+                   lambda p, c, d: p.rule == "gla" or c["states"] != "joint"),
         # a forward pass alone would be the same plan under both names
         Constraint("GDN keeps its states for the backward pass only",
                    lambda p, c, d: p.rule == "gla" or c["states"] == "recompute" or p.trains),
-        Constraint("GLA splits nothing: its states do without a walk, see `states`",
+        Constraint("GLA splits nothing: stored states do without a walk, see `states`",
                    lambda p, c, d: c["split"] == 0 or p.rule == "gdn"),
         Constraint("a transition of K * K fits in a block's registers up to K = 128",
                    lambda p, c, d: c["split"] == 0 or p.key_dim <= 128),

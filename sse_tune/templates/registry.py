@@ -143,7 +143,8 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
                 "gdn_gradients", "gdn_group_states", "gdn_group_gradients",
                 "gla_prepare", "gla_scan", "gla_recompute", "gla_state_gradient",
                 "gla_decay_rows", "gla_states", "gla_states_split", "gla_output", "gla_states_backward",
-                "gla_states_backward_split", "gla_value_gradients", "gla_gradients_sliced",
+                "gla_states_backward_split", "gla_value_gradients", "gla_states_output", "gla_states_value_gradients",
+                "gla_gradients_sliced",
                 "combine", "combine_gradients",
             )
         ),
@@ -156,7 +157,7 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
             for name in (
                 "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients",
                 "gdn_gradients", "gla_decay_rows", "gla_states", "gla_output", "gla_states_backward",
-                "gla_value_gradients", "gla_gradients",
+                "gla_value_gradients", "gla_states_output", "gla_states_value_gradients", "gla_gradients",
             )
         ),
     ),

@@ -24,7 +24,8 @@ from sse_tune.templates.stages import GRAPHS, Stage, stages_of
 class Ceilings:
     """What a device does at most, measured: bytes read and written, and FLOPs of a matrix product.
 
-    `step_us`: of a walk, a chunk of 64 rows; 0: not known, and no part of the floor. There is no bound to be measured.
+    `step_us`: of a walk of GDN's, a chunk of 64 rows; 0: not known, and no part of the floor. There is no bound to be
+    measured.
     """
 
     copy_bytes_per_s: float
@@ -91,7 +92,7 @@ def floor_of(problem: Problem, device: Device, ceilings: Ceilings, outer: Config
             flops := _stage_flops(stage, problem, int(chosen["chunk_size"])),
             1e6 * moved / ceilings.copy_bytes_per_s,
             1e6 * flops / ceilings.matmul_flops_per_s,
-            _walk_us(Sizes.of(problem, chosen), device, ceilings) if stage.walks else 0.0,
+            stage.walks * _walk_us(Sizes.of(problem, chosen), device, ceilings),
         )
         for stage in stages_of(problem, chosen)
     )

@@ -18,6 +18,7 @@ from sse_tune.plan import Plan
 from sse_tune.problem import Bucket, Problem
 from sse_tune.runtime.dispatch import by_distance, narrow
 from sse_tune.templates.registry import graph_of, validate_plan
+from sse_tune.templates.stages import stage_names
 from sse_tune.tuning.landscape import base_plan
 from sse_tune.tuning.samplers import quiet
 from sse_tune.tuning.workload import Workload
@@ -34,8 +35,8 @@ def known_plans(
     """Plans that are good elsewhere and run here, on all entries: of neighbouring buckets and GPUs, the nearest first.
 
     They come from the database and from the answers that are shipped. Their sources and toolchain may be others, and
-    what they run by backends that are not searched here is replaced by the default: they are proposals, admitted and
-    measured like all.
+    stages that they lack, or run by backends that are not searched here, are the default's: they are proposals,
+    admitted and measured like all.
     """
     answers = (*database.answers(), *shipped_answers())
     workload = Workload.of(problem)
@@ -51,7 +52,7 @@ def known_plans(
         if theirs.graph not in graphs:
             continue
         try:
-            plan = _by_backends(narrow(theirs, workload.problem), workload, device, backends)
+            plan = _adapted(narrow(theirs, workload.problem), workload, device, backends)
             for entry in workload.problems:
                 validate_plan(plan, entry, device)
         except (PlanError, ConstraintError, DeviceError):
@@ -60,18 +61,17 @@ def known_plans(
     return list(found)[:_KNOWN_PLANS]
 
 
-def _by_backends(plan: Plan, workload: Workload, device: Device, backends: tuple[str, ...]) -> Plan:
-    """A plan without the backends that are not searched: their stages at the default.
+def _adapted(plan: Plan, workload: Workload, device: Device, backends: tuple[str, ...]) -> Plan:
+    """A plan with exactly the stages that are needed here: at the default those that it lacks, which sum up rows, and
+    those that it runs by a backend that is not searched.
 
-    Raises ConstraintError or PlanError when the plan's outer choices have no default here.
+    Raises ConstraintError or PlanError when the plan's outer choices are not known, or have no default here.
     """
-    if {choice.backend for choice in plan.stages.values()} <= set(backends):
-        return plan
-    base = base_plan(workload, device, backends[0], plan.outer)
-    stages = {
-        stage: choice if choice.backend in backends else base.stages.get(stage, choice)
-        for stage, choice in plan.stages.items()
-    }
+    needed = stage_names(plan.graph, workload.problem, plan.outer)
+    stages = {name: plan.stages[name] for name in needed if name in plan.stages}
+    stages = {name: choice for name, choice in stages.items() if choice.backend in backends}
+    if len(stages) < len(needed):
+        stages = {**base_plan(workload, device, backends[0], plan.outer).stages, **stages}
     return dataclasses.replace(plan, stages=stages)
 
 

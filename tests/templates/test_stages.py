@@ -14,7 +14,7 @@ OUTERS = {
     rule: tuple(Config(chunk_size=64, state_dtype="io", states=states, split=split) for states, split in choices)
     for rule, choices in {
         "gdn": (("recompute", 0), ("recompute", 16), ("store", 0), ("store", 16)),
-        "gla": (("store", 0), ("recompute", 0)),
+        "gla": (("store", 0), ("joint", 0), ("recompute", 0)),
     }.items()
 }
 PRESETS = ("spikingbrain2-5b", "sse-gla", "sse-gdn", "sse-gla-128")
@@ -66,6 +66,18 @@ def test_static_bounds_hold_for_any_routing(preset, lengths):
     assert sum(rows) == sizes.rows
     assert sum(-(-n // 64) for n in rows) <= sizes.chunks
     assert sum(max(-(-n // 64) - 1, 0) for n in rows) <= sizes.boundaries
+
+
+@pytest.mark.parametrize("rule", ["gdn", "gla"])
+def test_the_always_on_stream_alone_sums_up_nothing(rule):
+    """Its rows are the tokens: a copy of them would be a tenth of the forward pass."""
+    beside = Problem.preset("spikingbrain2-5b", rule=rule)
+    alone = beside.replace(num_partitions=0, top_k=0, read_k=0)
+    for outer in OUTERS[rule]:
+        names, fewer = ([stage.name for stage in stages_of(problem, outer)] for problem in (beside, alone))
+        assert fewer == [name for name in names if name not in ("combine", "combine_gradients")]
+        touched = {name for stage in stages_of(alone, outer) for name in (*stage.reads, *stage.writes)}
+        assert {"o", "d_v"} <= touched and not touched & {"o_rows", "dv_rows"}
 
 
 @pytest.mark.parametrize("split", [1, 2, 16])
@@ -122,8 +134,8 @@ def test_keeping_states_changes_the_scan_alone(split):
     [
         ("gdn", "fwd+bwd", "recompute", {"recompute", "store"}),
         ("gdn", "fwd", "recompute", {"recompute"}),  # there is no backward pass to keep them for
-        ("gla", "fwd+bwd", "store", {"recompute", "store"}),
-        ("gla", "fwd", "store", {"recompute", "store"}),
+        ("gla", "fwd+bwd", "store", {"recompute", "store", "joint"}),
+        ("gla", "fwd", "store", {"recompute", "store", "joint"}),
     ],
 )
 def test_states_are_a_choice_with_a_default_for_each_rule(rule, direction, default, choices):

@@ -35,6 +35,7 @@ NAMES = (
     "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients", "gdn_gradients"
 )  # fmt: skip
 GLA_NAMES = ("gla_decay_rows", "gla_states", "gla_output", "gla_states_backward", "gla_value_gradients")
+JOINT_NAMES = ("gla_states_output", "gla_states_value_gradients")
 # stack bytes of a thread, where a default spills
 MAX_SPILL_BYTES = {("gdn_prepare", "sm_90"): 24, ("gdn_prepare", "sm_100"): 40}
 
@@ -54,7 +55,8 @@ class Case:
 
     @property
     def outer(self):
-        states = "store" if self.problem.rule == "gla" else self.states
+        of_gla = "joint" if self.template in JOINT_NAMES else "store"
+        states = of_gla if self.problem.rule == "gla" else self.states
         return OUTER.replace(states=states, **{name: value for name, value in self.config if name in OUTER})
 
 
@@ -62,7 +64,7 @@ GLA_CASE = Case("gla_decay_rows", "sm_90", GLA)
 KEEPING = [Case("gdn_scan", arch, states="store") for arch in ARCHS]
 DEFAULTS = [
     *(Case(name, arch) for name in NAMES for arch in ARCHS),
-    *(Case(name, arch, GLA) for name in GLA_NAMES for arch in ARCHS),
+    *(Case(name, arch, GLA) for name in (*GLA_NAMES, *JOINT_NAMES) for arch in ARCHS),
     *KEEPING,
 ]
 OTHERS = [
@@ -82,6 +84,10 @@ OTHERS = [
     Case("gla_states_backward", "sm_90", GLA, (("state_dtype", "fp32"),)),
     Case("gla_output", "sm_90", WIDE_GLA),
     Case("gla_value_gradients", "sm_90", RAGGED.replace(rule="gla"), (("num_warps", 8),)),
+    Case("gla_states_output", "sm_90", WIDE_GLA),
+    Case("gla_states_output", "sm_90", GLA, (("block_v", 128), ("num_warps", 8), ("num_stages", 3))),
+    Case("gla_states_value_gradients", "sm_90", RAGGED.replace(rule="gla"), (("num_stages", 4),)),
+    Case("gla_states_value_gradients", "sm_90", GLA, (("chunk_size", 128), ("block_v", 32), ("num_warps", 8))),
 ]
 
 
@@ -162,8 +168,11 @@ def test_halves_of_a_block_meet_at_no_barrier():
     )
 
 
-@pytest.mark.parametrize("name", ["gla_states", "gla_states_backward"])
-@pytest.mark.parametrize("num_stages", [2, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("name", "num_stages"),
+    [(name, n) for name in ("gla_states", "gla_states_backward") for n in (2, 3, 4, 6)]
+    + [(name, n) for name in JOINT_NAMES for n in (2, 4)],
+)
 def test_no_step_of_a_gla_walk_waits_for_what_it_loads(name, num_stages):
     """Whatever a step reads from memory are copies, and those of the num_stages - 2 chunks after it stay in flight."""
     case = Case(name, "sm_90", GLA, (("num_stages", num_stages),))
@@ -172,7 +181,7 @@ def test_no_step_of_a_gla_walk_waits_for_what_it_loads(name, num_stages):
     loop = source[source.index("cp_async_wait<") : source.rindex("wait_wgmma<")]
     assert re.findall(r"cp_async_wait<(\d+)>", loop) == [str(num_stages - 2)]
     for line in loop.splitlines():
-        assert "cp_async_gs" in line or not re.search(r"\b(x|y|perm|decay|segment_\w+)\[", line), line
+        assert "cp_async_gs" in line or not re.search(r"\b(x|y|z|P|perm|decay|segment_\w+)\[", line), line
 
 
 def test_the_key_tells_programs_apart():

@@ -51,7 +51,7 @@ def guarded(monkeypatch):
 
 @pytest.mark.parametrize("choices", [
     ("gdn", {"split": 0}), ("gdn", {"split": 2}), ("gdn", {"split": 2, "states": "store"}),
-    ("gla", {"states": "store"}), ("gla", {"states": "recompute"}),
+    ("gla", {"states": "store"}), ("gla", {"states": "joint"}), ("gla", {"states": "recompute"}),
 ], ids=str)  # fmt: skip
 def test_no_address_lies_outside_the_tensors(choices, guarded, poisoned_empty):
     rule, outer = choices

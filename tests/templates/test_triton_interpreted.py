@@ -375,7 +375,7 @@ def test_hard_logits_through_the_whole(rule, kind, poisoned_empty):
 
 def outer_with(problem, stage, **changes):
     """Outer choices under which a problem has the stage."""
-    for states, split in (("recompute", 0), ("store", 0), ("recompute", 16)):
+    for states, split in (("recompute", 0), ("store", 0), ("joint", 0), ("recompute", 16)):
         outer = outer_of(problem, **changes, states=states, split=split)
         is_valid = not GRAPHS["staged"].violations(problem, outer, DEVICE)
         if is_valid and stage in {one.name for one in stages_of(problem, outer)}:
@@ -425,6 +425,14 @@ def test_gla_takes_near_and_far_gates(norm, gate, head_dim, poisoned_empty):
 
 
 @NORMS
+@pytest.mark.parametrize("lengths", [(35,), (0, 17, 1, 33, 16, 0)], ids=len)
+def test_gla_makes_its_rows_with_its_states(norm, lengths, poisoned_empty):
+    problem = problem_of("gla", norm, seq_len=sum(lengths), num_sequences=len(lengths), num_heads=2)
+    inputs = make_inputs(problem, list(lengths), initial=True, gate=1.0)
+    compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=16, states="joint"))
+
+
+@NORMS
 @pytest.mark.parametrize("gate", [1.0, 1e3])
 def test_gla_recomputes_its_states(norm, gate, poisoned_empty):
     problem = problem_of("gla", norm, seq_len=35, num_heads=1)
@@ -445,6 +453,10 @@ SPOILED_OF_STORED_GLA = {
     "k_scale": "decay_rows", "P": "decay_rows", "qg": "decay_rows", "kg": "decay_rows", "decay": "decay_rows",
     "h": "states", "o_rows": "output", "dh": "states_backward", "dv_rows": "value_gradients",
 }  # fmt: skip
+SPOILED_OF_JOINT_GLA = {
+    "P": "decay_rows", "qg": "decay_rows", "kg": "decay_rows", "decay": "decay_rows", "h": "states_output",
+    "o_rows": "states_output", "dh": "states_value_gradients", "dv_rows": "states_value_gradients",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -452,7 +464,8 @@ SPOILED_OF_STORED_GLA = {
     [(rule, "recompute", *spoiled) for rule in ("gla", "gdn") for spoiled in SPOILED.items()]
     + [("gdn", "recompute", *spoiled) for spoiled in SPOILED_OF_GDN.items()]
     + [("gdn", "store", buffer, "scan") for buffer in ("h", "w")]
-    + [("gla", "store", *spoiled) for spoiled in SPOILED_OF_STORED_GLA.items()],
+    + [("gla", "store", *spoiled) for spoiled in SPOILED_OF_STORED_GLA.items()]
+    + [("gla", "joint", *spoiled) for spoiled in SPOILED_OF_JOINT_GLA.items()],
 )
 def test_a_broken_kernel_turns_the_check_red(rule, states, buffer, stage, poisoned_empty, monkeypatch):
     """One chunk of what one stage wrote, off by a hundredth: the comparison above must not let it pass."""

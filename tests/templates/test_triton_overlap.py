@@ -19,7 +19,8 @@ GDN, GLA = "spikingbrain2-5b", "sse-gla-128"
 @pytest.mark.parametrize(
     ("name", "preset", "states"),
     [("gdn_scan", GDN, "recompute"), ("gdn_scan", GDN, "store"), ("gdn_recompute", GDN, "recompute"),
-     ("gdn_state_gradient", GDN, "recompute"), ("gla_states", GLA, "store"), ("gla_states_backward", GLA, "store")],
+     ("gdn_state_gradient", GDN, "recompute"), ("gla_states", GLA, "store"), ("gla_states_backward", GLA, "store"),
+     ("gla_states_output", GLA, "joint"), ("gla_states_value_gradients", GLA, "joint")],
 )  # fmt: skip
 def test_copies_stay_in_flight(name, preset, states):
     import triton
