@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sse_tune.bench.peers import PeerReport
     from sse_tune.bench.plans import Bench
     from sse_tune.bench.sides import SideResult
+    from sse_tune.device import Device
     from sse_tune.problem import Problem
 
 _CLOCK = {
@@ -59,8 +60,10 @@ def bench(
     as_json: JsonOption = False,
 ) -> None:
     """Time the default plan, the best one known and the floor, side by side; the last line is JSON."""
+    from sse_tune.bench.ahead import compile_plans
     from sse_tune.bench.peers import require_peers
     from sse_tune.bench.plans import bench as bench_plans
+    from sse_tune.bench.plans import plans_of
     from sse_tune.bench.plot import draw
     from sse_tune.bench.roofline import measure_ceilings
     from sse_tune.runtime.checks import check_head_groups
@@ -76,6 +79,10 @@ def bench(
     shares = [_shares(problem, occupancy) for problem in problems]
     if peers:
         require_peers(here)
+    if here.kind == "cuda":
+        compile_plans((one for problem in problems for one in plans_of(problem, here, db, groups)), here)
+        if peers:
+            _compile_peers(problems, here)
     ceilings = measure_ceilings(here, problems[0].dtype)  # the problems differ in T and N only
     found = []
     for problem, skewed in zip(problems, shares):
@@ -90,6 +97,16 @@ def bench(
     if plot is not None and axis is not None:
         draw(found, axis, plot, here.name)
     print_json({"device": here.slug, "benches": [one.to_dict() for one in found]})
+
+
+def _compile_peers(problems: list[Problem], device: Device) -> None:
+    from sse_tune.bench.ahead import compile_peers
+    from sse_tune.bench.peers import checked_problem
+
+    for problem in dict.fromkeys(map(checked_problem, problems)):
+        failed = sum(code != 0 for code in compile_peers(problem, device))
+        if failed:
+            typer.echo(f"{failed} processes that compile for peers failed: the peers' tuning takes longer", err=True)
 
 
 def _problems(choice: ProblemChoice, kind: str, counts: str | None) -> list[Problem]:

@@ -52,6 +52,11 @@ class Peer:
     load: Callable[[Problem], ChunkOp]
 
     @property
+    def tunes_by_triton(self) -> bool:
+        """Whether its first call compiles many candidates of each kernel (`ahead.py`)."""
+        return self.package == "fla"
+
+    @property
     def name(self) -> str:
         return f"{self.pipeline}, {self.distribution}"
 
@@ -123,20 +128,20 @@ def checked_problem(problem: Problem) -> Problem:
 
 
 def _try(peer: Peer, problem: Problem, device: Device, cases: Mapping[str, Case]) -> tuple[list[Side], PeerReport]:
-    reason = _cannot(peer, problem)
+    reason = cannot(peer, problem)
     if reason is not None:
         return [], PeerReport(peer.name, reason)
     error, gradient_error = None, None
     try:
         op = peer.load(problem)
         small = workload(checked_problem(problem), torch_device(device))
-        error, gradient_error = _errors(_run(peer, small.problem, op, small.scale), small)
+        error, gradient_error = _errors(run_of(peer, small.problem, op, small.scale), small)
         if not error < DIFFERS:  # NaN too
             reason = f"its output differs from the reference by {error:.1e}"
             return [], PeerReport(peer.name, reason, error, gradient_error)
         sides = []
         for suffix, case in cases.items():
-            run, inputs = _run(peer, problem, op, case.scale), _as_users_have_them(case.inputs)
+            run, inputs = run_of(peer, problem, op, case.scale), as_users_have_them(case.inputs)
             calls = calls_of(run, problem, inputs, case.do)
             for way in directions_of(problem):
                 sides.append(Side(peer.name + suffix, way, calls[way], peak_bytes(calls[way], device)))
@@ -148,11 +153,11 @@ def _try(peer: Peer, problem: Problem, device: Device, cases: Mapping[str, Case]
     return sides, PeerReport(peer.name, None, error, gradient_error)
 
 
-def _run(peer: Peer, problem: Problem, op: ChunkOp, scale: float) -> Run:
+def run_of(peer: Peer, problem: Problem, op: ChunkOp, scale: float) -> Run:
     return lambda inputs: run_pipeline(peer.pipeline, problem, inputs, op, scale)
 
 
-def _as_users_have_them(inputs: Inputs) -> Inputs:
+def as_users_have_them(inputs: Inputs) -> Inputs:
     """GLA's gates, as wide as the keys, in the dtype of the keys, as the layers of its users compute them."""
     return dataclasses.replace(
         inputs,
@@ -168,7 +173,7 @@ def _like_keys(g: Tensor, k: Tensor) -> Tensor:
 def _errors(run: Run, case: Case) -> tuple[float, float | None]:
     """Of the output, and the largest of the gradients; what has no size in the reference is left out."""
     expected = exact(case).results
-    calls = calls_of(run, case.problem, _as_users_have_them(case.inputs), case.do)
+    calls = calls_of(run, case.problem, as_users_have_them(case.inputs), case.do)
     error = _relative(calls["fwd"](), expected["o"])
     if not case.problem.trains:
         return error, None
@@ -188,7 +193,7 @@ def _relative(found: object, expected: Tensor) -> float:
     return float((found.to(torch.float64) - expected).norm() / expected.norm())
 
 
-def _cannot(peer: Peer, problem: Problem) -> str | None:
+def cannot(peer: Peer, problem: Problem) -> str | None:
     if not _installed(peer):
         return f"not installed: pip install {peer.distribution}"
     if problem.readers != problem.top_k:

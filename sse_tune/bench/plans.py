@@ -181,6 +181,23 @@ def bench(
     return Bench(problem, decisions, floors, tuple(results), tuple(reports), alone, tuple(left_out), occupancy, grouped)
 
 
+def plans_of(
+    problem: Problem,
+    device: Device,
+    database: TuningDatabase | str | pathlib.Path | None = None,
+    head_groups: tuple[int, ...] = (),
+) -> list[tuple[Problem, Plan]]:
+    """What `bench` runs of this project: each plan, and what it is run for."""
+    found = []
+    for way in directions_of(problem):
+        posed = problem.replace(direction=way)
+        found += [(posed, plan) for plan in _plans(posed, device, decide(posed, device, database)).values()]
+        for groups in head_groups:
+            part = posed.replace(num_heads=problem.num_heads // groups)
+            found.append((part, decide(part, device, database).plan))
+    return found
+
+
 def _plans(problem: Problem, device: Device, decision: Decision) -> dict[str, Plan]:
     """The plans to time, by the name of their side."""
     plans = {"default": default_plan(problem, device)}

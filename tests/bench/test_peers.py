@@ -83,8 +83,8 @@ def test_a_peer_says_what_it_cannot_run():
     assert "128" in peers._qla_supports(Problem.preset("sse-gdn"))
     assert peers._qla_supports(Problem.preset("spikingbrain2-5b")) is None
     ready = peer("ready", exact_op)
-    assert peers._cannot(ready, SMALL) is None
-    assert "reads the partitions that it writes" in peers._cannot(ready, SMALL.replace(read_k=3))
+    assert peers.cannot(ready, SMALL) is None
+    assert "reads the partitions that it writes" in peers.cannot(ready, SMALL.replace(read_k=3))
 
 
 def test_without_sparse_partitions_the_peers_are_the_chunk_ops_alone():
