@@ -230,8 +230,6 @@ class Execution:
             if name not in self.tensors and self._wanted(name):
                 shape, dtype = self._spec(name)
                 self.tensors[name] = self._allocate(shape, dtype=dtype, device=self.device)
-                if name in ROWS_OF_TOKENS and not self.problem.num_partitions:
-                    self.tensors[ROWS_OF_TOKENS[name]] = self.tensors[name]
         with self._current_device():
             self._call(stage, self.plan.stages[stage.name])
         if self.keep:
@@ -244,7 +242,10 @@ class Execution:
     def _call(self, stage: Stage, choice: StageChoice) -> None:
         template = find_template(choice.backend, choice.template)
         config = Config({**self.plan.outer, **choice.config})
-        template.run(Call(sizes_of(self.plan, self.problem), config, self._launch, self.scale), self.tensors)
+        tensors = self.tensors
+        if not self.problem.num_partitions:
+            tensors = tensors | {rows: tensors[name] for name, rows in ROWS_OF_TOKENS.items() if name in tensors}
+        template.run(Call(sizes_of(self.plan, self.problem), config, self._launch, self.scale), tensors)
 
     def _wanted(self, name: str) -> bool:
         if name == "final_state":

@@ -72,12 +72,13 @@ class Fakes:
         for name in ("q", "k", "g", "beta"):
             if f"d_shared_{name}" in tensors:
                 tensors[f"d_shared_{name}"].copy_(self.found[name if plain else f"shared_{name}"])
+        if plain:
+            tensors["d_v"].copy_(self.found["v"])
         if "d_initial_state" in tensors:
             tensors["d_initial_state"].copy_(self.found["initial_state"])
 
     def _combine_gradients(self, call, tensors):
-        names = ("v",) if call.sizes.problem.num_partitions == 0 else ("v", "q", "k", "g", "beta", "router_logits")
-        for name in names:
+        for name in ("v", "q", "k", "g", "beta", "router_logits"):
             if name in self.found:
                 tensors[f"d_{name}"].copy_(self.found[name])
 
