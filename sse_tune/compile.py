@@ -141,7 +141,7 @@ def record_launches(
 def meta_tensors(stage: Stage, sizes: Sizes, outer: Config, *, with_states: bool = True) -> dict[str, torch.Tensor]:
     """The tensors a template of `stage` is handed, without memory: the call's own, and the stage's buffers.
 
-    Gates, beta and logits are fp32, as the layers hand them over.
+    Gates are of `Problem.gate_dtype`, beta and logits fp32, as the layers hand them over.
     """
     import torch
 
@@ -152,7 +152,7 @@ def meta_tensors(stage: Stage, sizes: Sizes, outer: Config, *, with_states: bool
     value = (sizes.tokens, problem.num_heads, problem.value_dim)
     state = (problem.sequences, problem.partitions, problem.num_heads, problem.key_dim, problem.value_dim)
     inputs: dict[str, Spec] = {"q": (key, io), "k": (key, io), "v": (value, io)}
-    inputs["g"] = (key if problem.rule == "gla" else key[:2], torch.float32)
+    inputs["g"] = (key if problem.rule == "gla" else key[:2], dtypes[problem.gate_dtype])
     if problem.rule == "gdn":
         inputs["beta"] = (key[:2], torch.float32)
     inputs |= {f"shared_{name}": spec for name, spec in inputs.items() if name != "v"}

@@ -248,11 +248,12 @@ class SSEGLA(_SSE):
         self.gk_proj = nn.ModuleList(_two_maps(hidden_size, gate_low_rank_dim, key_dim, bias=True) for _ in range(2))
 
     def _gates(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        g1, g2 = (
-            self._repeat(F.logsigmoid(self._heads(proj(x)).float()) / self.gate_logit_normalizer)
-            for proj in self.gk_proj
-        )
+        g1, g2 = (self._gate(self._heads(proj(x))) for proj in self.gk_proj)
         return g1, g2, None, None
+
+    def _gate(self, logits: Tensor) -> Tensor:
+        """Log-gates, computed in fp32 and as wide as the keys, in their dtype."""
+        return self._repeat((F.logsigmoid(logits.float()) / self.gate_logit_normalizer).to(logits.dtype))
 
 
 class SSEGDN(_SSE):

@@ -147,6 +147,12 @@ class Problem:
         return self.head_dim_v
 
     @property
+    def gate_dtype(self) -> str:
+        """Of the log-gates as the layers hand them over, and as plans are compiled and timed; calls take fp32 ones and
+        the problem's dtype. GLA's are as wide as the keys, and in their dtype as in its authors' layers."""
+        return self.dtype if self.rule == "gla" else "fp32"
+
+    @property
     def readers(self) -> int:
         assert self.read_k is not None
         return self.read_k

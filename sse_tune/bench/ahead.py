@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from sse_tune.bench.peers import as_users_have_them, cannot, peers_of, run_of
+from sse_tune.bench.peers import cannot, peers_of, run_of
 from sse_tune.bench.sides import calls_of
 from sse_tune.device import Device
 from sse_tune.plan import Plan
@@ -78,7 +78,7 @@ def _run_share(problem: Problem, device: Device, index: int, count: int) -> None
         has_share = peer.tunes_by_triton or index == 0
         if has_share and cannot(peer, problem) is None:
             run = run_of(peer, problem, peer.load(problem), case.scale)
-            for call in calls_of(run, problem, as_users_have_them(case.inputs), case.do).values():
+            for call in calls_of(run, problem, case.inputs, case.do).values():
                 call()
 
 

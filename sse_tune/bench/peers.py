@@ -24,7 +24,6 @@ from sse_tune.bench.sides import Run, Side, calls_of, directions_of, peak_bytes
 from sse_tune.device import Device
 from sse_tune.errors import DeviceError
 from sse_tune.problem import Problem
-from sse_tune.runtime.pipeline import Inputs
 from sse_tune.tuning.compare import exact
 from sse_tune.tuning.inputs import Case
 from sse_tune.tuning.jobs import torch_device, workload
@@ -141,8 +140,7 @@ def _try(peer: Peer, problem: Problem, device: Device, cases: Mapping[str, Case]
             return [], PeerReport(peer.name, reason, error, gradient_error)
         sides = []
         for suffix, case in cases.items():
-            run, inputs = run_of(peer, problem, op, case.scale), as_users_have_them(case.inputs)
-            calls = calls_of(run, problem, inputs, case.do)
+            calls = calls_of(run_of(peer, problem, op, case.scale), problem, case.inputs, case.do)
             for way in directions_of(problem):
                 sides.append(Side(peer.name + suffix, way, calls[way], peak_bytes(calls[way], device)))
     except Exception as failure:  # other people's packages fail in their own ways; the rest is still measured
@@ -157,23 +155,10 @@ def run_of(peer: Peer, problem: Problem, op: ChunkOp, scale: float) -> Run:
     return lambda inputs: run_pipeline(peer.pipeline, problem, inputs, op, scale)
 
 
-def as_users_have_them(inputs: Inputs) -> Inputs:
-    """GLA's gates, as wide as the keys, in the dtype of the keys, as the layers of its users compute them."""
-    return dataclasses.replace(
-        inputs,
-        g=_like_keys(inputs.g, inputs.k),
-        shared_g=None if inputs.shared_g is None else _like_keys(inputs.shared_g, inputs.k),
-    )
-
-
-def _like_keys(g: Tensor, k: Tensor) -> Tensor:
-    return g.to(k.dtype) if g.dim() == k.dim() else g
-
-
 def _errors(run: Run, case: Case) -> tuple[float, float | None]:
     """Of the output, and the largest of the gradients; what has no size in the reference is left out."""
     expected = exact(case).results
-    calls = calls_of(run, case.problem, as_users_have_them(case.inputs), case.do)
+    calls = calls_of(run, case.problem, case.inputs, case.do)
     error = _relative(calls["fwd"](), expected["o"])
     if not case.problem.trains:
         return error, None

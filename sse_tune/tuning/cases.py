@@ -32,7 +32,7 @@ class Hazard:
         beta: "sigmoid", "one" or "two" (GDN).
         logits: "random", "equal", "infinite", "underflow", "hot" or "few".
         states: whether there is an initial state and the final one is asked for.
-        gate_dtype: of g, beta and the logits: "fp32", or "io" for the problem's own.
+        gate_dtype: of g, beta and the logits: "fp32", or "io" for the problem's own; None: as the layers have them.
         scale: of q·k; None: K^-1/2.
         checked_sequences: only so many last sequences are compared with the reference; None: all.
         needs: the smallest scale it is run at: "tiny", "full" or "big".
@@ -50,7 +50,7 @@ class Hazard:
     beta: str = "sigmoid"
     logits: str = "random"
     states: bool = True
-    gate_dtype: str = "fp32"
+    gate_dtype: str | None = None
     scale: float | None = None
     checked_sequences: int | None = None
     needs: str = "tiny"
@@ -125,6 +125,7 @@ CASES: dict[str, Hazard] = {
     "batch": Hazard(doc="three rows of C + 1 tokens", changes=(("batch", 3), ("num_sequences", None))),
     "io_gates": Hazard(doc="g, beta and the logits in the problem's dtype; another scale", lengths=_three,
                        gate_dtype="io", scale=0.5),
+    "fp32_gates": Hazard(doc="g in fp32 beside keys of 16 bits", lengths=_three, gate_dtype="fp32", rules=("gla",)),
     "large_keys": Hazard(
         doc="keys of norm 1000: fp16 overflows unless the row scales stay fp32",
         lengths=_three, keys="large", changes=(("norm", "after"),),

@@ -67,17 +67,18 @@ def _make(name: str, problem: Problem, chunk_size: int, device: str, scale: str)
     draw = _Draw(name, device if scale == "big" and hazard.needs == "big" else "cpu", device)
     tokens, heads, key_dim = posed.batch * posed.seq_len, posed.num_heads, posed.key_dim
     io = DTYPES[posed.dtype]
-    gate = io if hazard.gate_dtype == "io" else torch.float32
+    gate = DTYPES[{None: posed.gate_dtype, "io": posed.dtype, "fp32": "fp32"}[hazard.gate_dtype]]
+    scalar = io if hazard.gate_dtype == "io" else torch.float32
     gdn = posed.rule == "gdn"
     stream: dict[str, torch.Tensor | None] = {}
     for prefix in ("", "shared_") if posed.shared and posed.num_partitions else ("",):
         stream[f"{prefix}q"] = draw.normal(tokens, heads, key_dim).to(io)
         stream[f"{prefix}k"] = _keys(draw, hazard, posed, tokens).to(io)
         stream[f"{prefix}g"] = _gates(draw, hazard, (tokens, heads) if gdn else (tokens, heads, key_dim)).to(gate)
-        stream[f"{prefix}beta"] = _beta(draw, hazard, (tokens, heads)).to(gate) if gdn else None
+        stream[f"{prefix}beta"] = _beta(draw, hazard, (tokens, heads)).to(scalar) if gdn else None
     stream["v"] = draw.normal(tokens, heads, posed.value_dim).to(io)
     if posed.num_partitions:
-        stream["router_logits"] = _logits(draw, hazard, tokens, posed.num_partitions).to(gate)
+        stream["router_logits"] = _logits(draw, hazard, tokens, posed.num_partitions).to(scalar)
     offsets = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     if hazard.states:
         stream["initial_state"] = 0.5 * draw.normal(*state_shape(posed))
@@ -131,7 +132,8 @@ def workload(
         stream[f"{prefix}q"] = normal(tokens, heads, problem.key_dim)
         k = normal(tokens, heads, problem.key_dim)
         stream[f"{prefix}k"] = k if problem.norm != "none" else torch.nn.functional.normalize(k, dim=-1)
-        stream[f"{prefix}g"] = -0.2 * torch.rand(gate, generator=generator, device=device)
+        g = -0.2 * torch.rand(gate, generator=generator, device=device)
+        stream[f"{prefix}g"] = g.to(DTYPES[problem.gate_dtype])
         beta = torch.sigmoid(normal(tokens, heads, dtype=torch.float32)) if problem.rule == "gdn" else None
         stream[f"{prefix}beta"] = beta
     if problem.num_partitions:

@@ -13,6 +13,7 @@ from sse_tune.errors import DeviceError
 from sse_tune.problem import Problem
 from sse_tune.reference import recurrent
 from sse_tune.templates.roofline import Ceilings
+from sse_tune.tuning.inputs import workload
 
 CPU = Device.detect("cpu")
 CEILINGS = Ceilings(1e10, 1e11)
@@ -161,10 +162,10 @@ def test_a_peer_is_checked_on_a_smaller_problem_of_the_same_kind():
     assert (batched.seq_len, batched.batch, batched.num_sequences) == (16, 3, None)
 
 
-def test_wide_gates_come_in_the_dtype_of_the_keys_and_scalar_ones_as_they_are():
-    k = torch.zeros(4, 2, 8, dtype=torch.bfloat16)
-    assert peers._like_keys(torch.zeros(4, 2, 8), k).dtype == torch.bfloat16
-    assert peers._like_keys(torch.zeros(4, 2), k).dtype == torch.float32
+@pytest.mark.parametrize(("rule", "dtype"), [("gla", torch.bfloat16), ("gdn", torch.float32)])
+def test_all_sides_get_gates_as_layers_have_them(rule, dtype):
+    problem = Problem(rule=rule, seq_len=16, num_heads=1, head_dim=8)
+    assert workload(problem, "cpu").inputs.g.dtype == workload(problem, "cpu").inputs.shared_g.dtype == dtype
 
 
 def test_flas_own_kernels_are_taken_and_not_what_it_hands_over_to(monkeypatch):

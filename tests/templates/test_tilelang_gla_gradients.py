@@ -134,7 +134,7 @@ def test_a_gate_of_another_dtype_is_another_program():
     """Copies do not convert: the code depends on the dtypes of both streams' gates."""
     near = launches_of(MAIN)[0].kernel
     constants = dict(near.constants)
-    assert (constants["GATE_DTYPE"], constants["SHARED_GATE_DTYPE"]) == ("float32", "float32")
-    other = dataclasses.replace(near, constants=tuple(sorted({**constants, "GATE_DTYPE": "bfloat16"}.items())))
+    assert (constants["GATE_DTYPE"], constants["SHARED_GATE_DTYPE"]) == ("bfloat16", "bfloat16")
+    other = dataclasses.replace(near, constants=tuple(sorted({**constants, "GATE_DTYPE": "float32"}.items())))
     if tilelang.missing() is None:
         assert tilelang.cache_key(near, "sm_90") != tilelang.cache_key(other, "sm_90")
