@@ -196,14 +196,19 @@ def _assemble(source: str, arch: str) -> tuple[bytes, str]:
         text, binary = pathlib.Path(folder, "kernel.cu"), pathlib.Path(folder, "kernel.cubin")
         text.write_text(source, encoding="utf-8")
         command = [
-            str(nvcc()), "--cubin", *_FLAGS, f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}",
-            f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}", "-o", str(binary), str(text),
+            str(nvcc()), "--cubin", *_FLAGS, _gencode(arch), f"-I{TILELANG_TEMPLATE_PATH}", f"-I{CUTLASS_INCLUDE_DIR}",
+            "-o", str(binary), str(text),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         said = done.stdout + done.stderr
         if done.returncode:
             raise CompileError("nvcc must accept a kernel", one_line(RuntimeError(said)), "choose another config")
         return binary.read_bytes(), said
+
+
+def _gencode(arch: str) -> str:
+    """Whose instructions nvcc uses, and what runs them."""
+    return f"-gencode=arch={arch.replace('sm', 'compute')},code={arch}"
 
 
 def _parameters(function: Any) -> tuple[Parameter, ...]:

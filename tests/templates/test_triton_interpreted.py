@@ -15,7 +15,7 @@ from sse_tune.device import ARCHS
 from sse_tune.plan import StageChoice
 from sse_tune.problem import Problem
 from sse_tune.reference import recurrent, route
-from sse_tune.runtime.pipeline import Execution, Inputs
+from sse_tune.runtime.pipeline import DTYPES, Execution, Inputs
 from sse_tune.space import Config
 from sse_tune.templates import registry
 from sse_tune.templates.buffers import Sizes
@@ -39,7 +39,7 @@ def outer_of(problem, **changes):
 def make_inputs(problem, lengths=None, *, logits=None, initial=False, gate=1.0, seed=0):
     """Inputs of a problem, in its dtype; gates down to about `-4 * gate`, some rows of them 0."""
     random = torch.Generator().manual_seed(seed)
-    dtype = {"fp32": torch.float32, "fp16": torch.float16}[problem.dtype]
+    dtype = DTYPES[problem.dtype]
     rows, heads = problem.batch * problem.seq_len, problem.num_heads
 
     def normal(*shape):
@@ -85,12 +85,13 @@ def reference(problem, inputs, chosen, do, d_final):
     }
 
 
-def kernels(problem, inputs, allocate, outer=None, plan=None, final=True, do=None, d_final=None):
+def kernels(problem, inputs, allocate, outer=None, plan=None, final=True, do=None, d_final=None, launcher=None):
     """The same from the templates, and the partitions they chose."""
     plan = plan or default_plan(problem, DEVICE, "triton", outer)
     execution = Execution(
-        plan, problem, inputs, scale=problem.key_dim**-0.5, output_final_state=final, allocate=allocate, keep=True
-    )
+        plan, problem, inputs, scale=problem.key_dim**-0.5, output_final_state=final, allocate=allocate,
+        launcher=launcher, keep=True,
+    )  # fmt: skip
     o, final_state = execution.forward()
     results = {"o": o} | ({"final_state": final_state} if final else {})
     if problem.trains:
@@ -110,13 +111,13 @@ def error_of(actual, exact, zero):
     return difference.norm().item() / norm, rows.max().item() / typical / 20
 
 
-def compare(problem, inputs, allocate, *, outer=None, plan=None, final=True, d_final=True):
+def compare(problem, inputs, allocate, *, outer=None, plan=None, final=True, d_final=True, launcher=None):
     """Raises AssertionError when a result of the templates is not the reference's."""
     random = torch.Generator().manual_seed(99)
     do = torch.randn(inputs.v.shape, generator=random).to(inputs.v.dtype)
     shape = (problem.sequences, problem.partitions, problem.num_heads, problem.key_dim, problem.value_dim)
     d_final = torch.randn(shape, generator=random) if d_final and final else None
-    actual, execution = kernels(problem, inputs, allocate, outer, plan, final, do, d_final)
+    actual, execution = kernels(problem, inputs, allocate, outer, plan, final, do, d_final, launcher)
     exact = reference(problem, inputs, execution.tensors["chosen"], do, d_final)
     errors = {}
     for name, tensor in actual.items():

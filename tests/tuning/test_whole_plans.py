@@ -72,7 +72,8 @@ class NoGpu:
             failed = config["num_warps"] == 8 and plan.outer["chunk_size"] == 64
             times = (made_up_us(stage, config),) * 3
         else:
-            failed, times = False, (sum(made_up_us(s, plan.stages[s].config) for s in STAGES if s in plan.stages) + 40.0,) * 6
+            known = [stage for stage in STAGES if stage in plan.stages]
+            failed, times = False, (sum(made_up_us(s, plan.stages[s].config) for s in known) + 40.0,) * 6
         attempt = Attempt("wrong", "other bits") if failed else Attempt("ok", None, times)
         return [(tag, JobResult("ok", attempt, None, 0.01))]
 

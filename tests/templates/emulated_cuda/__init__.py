@@ -1,4 +1,5 @@
-"""Runs the CUDA source that TileLang generates for sm_90 on a CPU: what a kernel computes, and the waits it lacks.
+"""Runs the CUDA source that TileLang generates for sm_80 or sm_90 on a CPU: what a kernel computes, and the waits it
+lacks.
 
 The source is compiled by g++ against stand-ins for the device functions it calls (emulated_cuda.h), each thread of a
 block being a fiber, one block after another. It shows wrong indices, masks and arithmetic; reads and writes past the
@@ -37,7 +38,6 @@ from sse_tune.compilers import tilelang
 from sse_tune.compilers.artifacts import WARP
 from sse_tune.templates.registry import Program
 
-_ARCH = "sm_90a"
 _FLAGS = ("-O2", "-std=c++20", "-w", "-fPIC", "-shared", "-fno-strict-aliasing", "-U_FORTIFY_SOURCE")
 _TYPES = {"int32": ctypes.c_int32, "int64": ctypes.c_int64, "float32": ctypes.c_float}
 _ORDERS = ("forward", "backward", "scattered")
@@ -81,20 +81,25 @@ def missing() -> str | None:
 
 
 @functools.lru_cache(maxsize=None)
-def generate(program: Program) -> Source:
-    return Source(*tilelang._generate(program, _ARCH))
+def generate(program: Program, arch: str) -> Source:
+    """`arch`: "sm_80" or "sm_90a"."""
+    return Source(*tilelang._generate(program, arch))
 
 
 class Launcher:
-    """Runs each program a template launches on tensors of the CPU; `edit` changes its source before."""
+    """Runs each program a template launches, as generated for an architecture, on tensors of the CPU; `edit` changes
+    its source before. A kernel of Triton's is run by Triton's interpreter, which must be on."""
 
-    def __init__(self, mode: Mode, edit: Callable[[str], str] | None = None) -> None:
-        self._mode, self._edit = mode, edit
+    def __init__(self, mode: Mode, edit: Callable[[str], str] | None = None, arch: str = "sm_90a") -> None:
+        self._mode, self._edit, self._arch = mode, edit, arch
 
     def __call__(
-        self, kernel: Program, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int, num_stages: int
+        self, kernel: Any, grid: tuple[int, ...], args: dict[str, Any], *, num_warps: int, num_stages: int
     ) -> None:
-        source = generate(kernel)
+        if not isinstance(kernel, Program):
+            kernel[grid](**args, num_warps=num_warps, num_stages=num_stages)
+            return
+        source = generate(kernel, self._arch)
         if self._edit is not None:
             source = dataclasses.replace(source, text=self._edit(source.text))
         run(source, grid, args, threads=num_warps * WARP, mode=self._mode)

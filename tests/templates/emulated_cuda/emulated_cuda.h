@@ -1,11 +1,12 @@
-// Stand-ins for what a kernel that TileLang generates for sm_90 calls, so that it runs on a CPU (see __init__.py).
+// Stand-ins for what a kernel that TileLang generates for sm_80 or sm_90 calls, so that it runs on a CPU (__init__.py).
 //
 // A thread of a block is a fiber that runs until it waits for others; of those that can run, the first in a fixed order
 // runs next, so a warp gets as far ahead of the others as barriers let it. What is asynchronous on a GPU happens either
 // at once or as late as it may: a copy when its thread waits for it, a product when its warp does. Until then a late
 // one's target holds POISON, which is no valid number in any type. Products and the instructions of a whole warp are
 // performed when the last of its lanes comes. Layouts are those of the PTX manual, "Asynchronous Warpgroup Level Matrix
-// Multiply-Accumulate Instructions" and "Warp-level matrix load/store instructions".
+// Multiply-Accumulate Instructions", "Warp-level matrix load/store instructions" and "Matrix multiply-accumulate
+// operation using mma instruction".
 #pragma once
 
 #include <csetjmp>
@@ -34,6 +35,7 @@
 // ---------------------------------------------------------------------------------------------------- numbers
 
 struct HalfFormat {
+  using Bits = uint16_t;
   static float widen(uint16_t bits) {
     uint32_t magnitude = uint32_t(bits & 0x7fff) << 13, sign = uint32_t(bits & 0x8000) << 16;
     float value;
@@ -61,6 +63,7 @@ struct HalfFormat {
 };
 
 struct BFloatFormat {
+  using Bits = uint16_t;
   static float widen(uint16_t bits) {
     uint32_t wide = uint32_t(bits) << 16;
     float value;
@@ -75,6 +78,16 @@ struct BFloatFormat {
   }
 };
 
+struct TensorFloatFormat {  // of a product's operands, which cut off what is left of an fp32 number
+  using Bits = uint32_t;
+  static float widen(uint32_t bits) {
+    float value;
+    bits &= ~0x1fffu;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+};
+
 template <class Format> struct Sixteen {  // computes as a float
   uint16_t bits;
   Sixteen() = default;
@@ -85,6 +98,7 @@ template <class Format> struct Sixteen {  // computes as a float
 
 using half_t = Sixteen<HalfFormat>;
 using bfloat16_t = Sixteen<BFloatFormat>;
+using tfloat32_t = float;
 using uchar = unsigned char;
 
 struct uint1 { unsigned x; };
@@ -513,7 +527,7 @@ inline void ptx_stmatrix_m8n8_x4_trans(const void* row, int a, int b, int c, int
 
 // ---------------------------------------------------------------------------------------------------- products
 
-enum class DataType { kFloat16, kBFloat16, kFloat32 };
+enum class DataType { kFloat16, kBFloat16, kTensorFloat32, kFloat32 };
 
 // Bits 0-13, 16-29 and 32-45: the address, the leading and the stride offset, in units of 16 bytes; 62-63: the swizzle.
 struct GmmaDescriptor {
@@ -536,17 +550,17 @@ inline void warpgroup_arrive() {}
 template <class T> void warpgroup_fence_operand(T*, int) {}
 
 // Element (row, k) of an operand: K lies behind one another, or if `transposed` the rows (M or N) do.
-inline uint16_t operand_bits(uint64_t descriptor, bool transposed, int row, int k) {
+template <class Bits> Bits operand_bits(uint64_t descriptor, bool transposed, int row, int k) {
   unsigned address = (descriptor & 0x3fff) << 4, leading = (descriptor >> 16 & 0x3fff) << 4;
   unsigned stride = (descriptor >> 32 & 0x3fff) << 4, swizzle = descriptor >> 62, width = 256 >> swizzle;
   if (!swizzle) emulated::fail("an operand without a swizzle is not emulated");
   if (transposed) address += row * 2 / width * leading + row * 2 % width + k / 8 * stride + k % 8 * width;
-  else address += row / 8 * stride + row % 8 * width + k * 2;
+  else address += row / 8 * stride + row % 8 * width + k * sizeof(Bits);
   address ^= address >> 3 & (width - 16);
   if (address >= unsigned(emulated::shared_bytes)) emulated::fail("a product reads past the end of shared memory");
-  uint16_t bits, bits_fenced;
-  std::memcpy(&bits, buf_dyn_shmem + address, 2);
-  std::memcpy(&bits_fenced, &emulated::fenced[address], 2);
+  Bits bits, bits_fenced;
+  std::memcpy(&bits, buf_dyn_shmem + address, sizeof bits);
+  std::memcpy(&bits_fenced, &emulated::fenced[address], sizeof bits);
   if (bits != bits_fenced)
     emulated::fail("a product reads byte %u of shared memory, written after the last fence of the async proxy",
                    address);
@@ -557,7 +571,9 @@ inline uint16_t operand_bits(uint64_t descriptor, bool transposed, int row, int 
 // in registers columns 2 j, 2 j + 1, 2 j + 8 and 2 j + 9.
 template <class Format, int N, bool IN_REGISTERS, bool TRANSPOSED_A, bool TRANSPOSED_B, int SIGN>
 void multiply(emulated::Product& product, int warp) {
-  constexpr int K = 16, ROWS = 16;
+  using Bits = typename Format::Bits;
+  constexpr int K = 32 / sizeof(Bits), ROWS = 16;
+  static_assert(sizeof(Bits) == 2 || !(IN_REGISTERS || TRANSPOSED_A || TRANSPOSED_B));
   static float a[ROWS][K], b[K][N], sums[ROWS][N];
   auto sum_of = [&](int row, int n) -> float& {
     int lane = row % 8 * 4 + n % 8 / 2, i = n / 8 * 4 + row / 8 * 2 + n % 2;
@@ -565,14 +581,14 @@ void multiply(emulated::Product& product, int warp) {
   };
   for (int row = 0; row < ROWS; ++row)
     for (int k = 0; k < K; ++k) {
-      uint16_t bits;
+      Bits bits;
       if constexpr (IN_REGISTERS)
         bits = ((const uint16_t*)product.a_of[row % 8 * 4 + k % 8 / 2])[(k / 8 * 2 + row / 8) * 2 + k % 2];
-      else bits = operand_bits(product.a, TRANSPOSED_A, warp % 4 * ROWS + row, k);
+      else bits = operand_bits<Bits>(product.a, TRANSPOSED_A, warp % 4 * ROWS + row, k);
       a[row][k] = SIGN * Format::widen(bits);
     }
   for (int k = 0; k < K; ++k)
-    for (int n = 0; n < N; ++n) b[k][n] = Format::widen(operand_bits(product.b, TRANSPOSED_B, n, k));
+    for (int n = 0; n < N; ++n) b[k][n] = Format::widen(operand_bits<Bits>(product.b, TRANSPOSED_B, n, k));
   if (!product.before.empty())
     for (int lane = 0; lane < emulated::WARP; ++lane)
       std::memcpy(product.sums_of[lane], &product.before[lane * N / 2], N / 2 * sizeof(float));
@@ -616,16 +632,22 @@ inline void start_product(
   poison(sums, n / 2 * sizeof(float));
 }
 
-template <DataType A> using format_of = std::conditional_t<A == DataType::kFloat16, HalfFormat, BFloatFormat>;
+template <DataType A>
+using format_of = std::conditional_t<
+    A == DataType::kFloat16, HalfFormat,
+    std::conditional_t<A == DataType::kBFloat16, BFloatFormat, TensorFloatFormat>>;
+template <DataType A, DataType B, DataType C, int M, int K>
+constexpr bool is_product = A == B && A != DataType::kFloat32 && C == DataType::kFloat32 && M == 64 &&
+                            K * sizeof(typename format_of<A>::Bits) == 32;
 
 template <DataType A, DataType B, DataType C, int M, int N, int K, bool TA, bool TB, int SA, int SB>
 void wgmma_ss(uint64_t a, uint64_t b, uint32_t* sums, bool adds) {
-  static_assert(A == B && A != DataType::kFloat32 && C == DataType::kFloat32 && M == 64 && K == 16);
+  static_assert(is_product<A, B, C, M, K>);
   start_product(multiply<format_of<A>, N, false, TA, TB, SA * SB>, a, b, nullptr, (float*)sums, N, adds);
 }
 template <DataType A, DataType B, DataType C, int M, int N, int K, bool TA, bool TB, int SA, int SB>
 void wgmma_rs(const uint32_t* a, uint64_t b, uint32_t* sums, bool adds) {
-  static_assert(A == B && A != DataType::kFloat32 && C == DataType::kFloat32 && M == 64 && K == 16 && !TA);
+  static_assert(is_product<A, B, C, M, K> && !TA);
   start_product(multiply<format_of<A>, N, true, false, TB, SA * SB>, 0, b, a, (float*)sums, N, adds);
 }
 inline void warpgroup_commit_batch() { emulated::fiber().batches.push_back(emulated::fiber().products); }
@@ -635,6 +657,42 @@ template <int PENDING> void wait_wgmma() {
   emulated::together(0, [&](auto) { perform_products(count); });
 }
 template <int PENDING> void warpgroup_wait() { wait_wgmma<PENDING>(); }
+
+// A warp's product of 16 rows and 8 columns, all operands in registers. Lane 4 g + j has in each of A's registers, of
+// four bytes, row g or (the odd ones) g + 8, and of B's column g: elements of K from PER j on, PER of them in a
+// register, in A's upper two and B's second one those of the upper half of K; of the sums it has what wgmma's have.
+template <class Format> void multiply_fragments(float* sums[], const unsigned* a[], const unsigned* b[]) {
+  using Bits = typename Format::Bits;
+  constexpr int PER = 4 / sizeof(Bits), HALF = 4 * PER;
+  auto element = [](const unsigned* const* held, int lane_row, int k, int number) {
+    Bits bits;
+    std::memcpy(&bits, (const Bits*)(held[lane_row * 4 + k % HALF / PER] + number) + k % PER, sizeof bits);
+    return Format::widen(bits);
+  };
+  for (int row = 0; row < 16; ++row)
+    for (int n = 0; n < 8; ++n) {
+      float& sum = sums[row % 8 * 4 + n / 2][row / 8 * 2 + n % 2];
+      for (int k = 0; k < 2 * HALF; ++k)
+        sum += element(a, row % 8, k, row / 8 + k / HALF * 2) * element(b, n, k, k / HALF);
+    }
+}
+struct Fragments {
+  float* sums;
+  const unsigned *a, *b;
+};
+template <DataType A, DataType B, DataType C, int M, int N, int K, bool TA, bool TB>
+void mma_sync(float* sums, const unsigned* a, const unsigned* b) {
+  static_assert(is_product<A, B, C, 4 * M, K> && N == 8 && !TA && TB);
+  emulated::together(Fragments{sums, a, b}, [](auto lanes) {
+    float* all_sums[emulated::WARP];
+    const unsigned *all_a[emulated::WARP], *all_b[emulated::WARP];
+    for (int lane = 0; lane < emulated::WARP; ++lane) {
+      const Fragments each = lanes[lane];
+      all_sums[lane] = each.sums, all_a[lane] = each.a, all_b[lane] = each.b;
+    }
+    multiply_fragments<format_of<A>>(all_sums, all_a, all_b);
+  });
+}
 
 // ---------------------------------------------------------------------------------------------------- reductions
 
