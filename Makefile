@@ -65,8 +65,8 @@ search: $(VENV)/.installed
 
 # Triton decides at its import whether it interprets, so those tests are a process of their own.
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -n $(JOBS) -m "not interpret and not gpu" $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m "interpret and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not interpret and not gpu" $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "interpret and not gpu" $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m gpu $(ARGS)

@@ -26,7 +26,7 @@ from sse_tune.templates.registry import default_plan, find_template
 from sse_tune.templates.stages import GRAPHS
 from tests.runtime.cases import assert_close, exact, make_case, with_gradients
 from tests.runtime.test_triton import by_triton
-from tests.templates.test_triton_interpreted import make_inputs, problem_of
+from tests.templates.against_reference import make_inputs, problem_of
 
 CASES = {
     "gdn": dict(rule="gdn", norm="before", batch=2),

@@ -20,7 +20,10 @@ from sse_tune.problem import Problem
 from sse_tune.space import Config
 from sse_tune.templates.registry import Program, default_plan, find_template, templates_of, validate_plan
 
-pytestmark = pytest.mark.skipif(tilelang.missing() is not None, reason=f"nothing to compile with: {tilelang.missing()}")
+pytestmark = [
+    pytest.mark.skipif(tilelang.missing() is not None, reason=f"nothing to compile with: {tilelang.missing()}"),
+    pytest.mark.xdist_group("artifacts"),  # one process has them
+]
 
 MAIN = Problem.preset("spikingbrain2-5b")
 WIDE = Problem.preset("sse-gdn")  # K=256 V=512
@@ -74,6 +77,7 @@ OTHERS = [
     Case("gdn_gradients", "sm_90", RAGGED),
     Case("gdn_score_gradients", "sm_90", RAGGED),
     Case("gdn_prepare", "sm_90", RAGGED, config=(("solve_block", 16),)),
+    *(Case("gdn_prepare", arch, config=(("products", "tf32x3"), ("solve_block", 16))) for arch in ("sm_80", "sm_90")),
     Case("gdn_state_gradient", "sm_90", config=(("num_warps", 8), ("num_stages", 1))),
     Case("gla_decay_rows", "sm_90", WIDE_GLA, (("num_warps", 8),)),
     Case("gla_decay_rows", "sm_80", RAGGED.replace(rule="gla")),

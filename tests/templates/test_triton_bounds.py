@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.templates.test_triton_interpreted import compare, make_inputs, outer_of, problem_of
+from tests.templates.against_reference import compare, make_inputs, outer_of, problem_of
 
 pytestmark = pytest.mark.interpret
 

@@ -10,7 +10,7 @@ import pytest
 
 from sse_tune.templates import registry
 from sse_tune.templates.registry import templates_for
-from tests.templates.test_triton_interpreted import compare, make_inputs, outer_of, problem_of
+from tests.templates.against_reference import compare, make_inputs, outer_of, problem_of
 
 pytestmark = pytest.mark.interpret
 

@@ -7,7 +7,7 @@ from sse_tune.compile import GpuLauncher
 from sse_tune.runtime.pipeline import Execution, saved_names, sizes_of
 from sse_tune.space import Config
 from sse_tune.templates.registry import Call, default_plan, find_template
-from tests.templates.test_triton_interpreted import DEVICE, compare, make_inputs, outer_of, problem_of
+from tests.templates.against_reference import DEVICE, compare, make_inputs, outer_of, problem_of
 
 pytestmark = pytest.mark.interpret
 

@@ -7,9 +7,13 @@ diagonals of K Kᵀ and Q Qᵀ.
 
 The inverse is taken in fp32, in shared memory, in the place of N and of the rows. Blocks on its diagonal go by forward
 substitution, a thread to each column, whose registers hold it; all of them need the same numbers of N. Two such
-inverses become one of twice the size, [[X, 0], [N21, Y]]^-1 = [[X, 0], [-Y N21 X, Y]], by products in plain fp32: they
-are too small to be worth the halves that a tensor core would need. What is above the diagonal is 0 all the while, but
-for the upper right quarter: N21 X is kept there.
+inverses become one of twice the size, [[X, 0], [N21, Y]]^-1 = [[X, 0], [-Y N21 X, Y]]. What is above the diagonal is 0
+all the while. The products are those of
+
+- fp32: plain ones. N21 X goes through the upper right quarter.
+- tf32x3: tensor cores, each number in two halves of which three products are taken. A warp makes 16 rows and columns,
+  and for them (N21 X)ᵀ, whose sums lie in its registers as the second product wants its operand: a quarter of the
+  reads.
 """
 
 from collections.abc import Mapping
@@ -23,6 +27,24 @@ from sse_tune.templates.tilelang import common
 if TYPE_CHECKING:
     import torch
 
+# a b + sum, of 16 x 8 numbers of K: mma's lane 4 g + j takes j and j + 4, which may be any two as long as a and b agree
+HALVES = """
+#include <tl_templates/cuda/instruction/mma.h>
+__device__ __forceinline__ void halve(float x, unsigned& high, unsigned& low) {
+  high = __float_as_uint(x) & ~0x1fffu;
+  low = __float_as_uint(x - __uint_as_float(high));
+}
+__device__ __forceinline__ void multiply_halves(float* sum, const float* a, const float* b) {
+  unsigned a_high[4], a_low[4], b_high[2], b_low[2];
+  for (int i = 0; i < 4; ++i) halve(a[i], a_high[i], a_low[i]);
+  for (int i = 0; i < 2; ++i) halve(b[i], b_high[i], b_low[i]);
+  using tl::DataType;
+  constexpr auto tf32 = DataType::kTensorFloat32, fp32 = DataType::kFloat32;
+  tl::mma_sync<tf32, tf32, fp32, 16, 8, 8, false, true>(sum, a_low, b_high);
+  tl::mma_sync<tf32, tf32, fp32, 16, 8, 8, false, true>(sum, a_high, b_low);
+  tl::mma_sync<tf32, tf32, fp32, 16, 8, 8, false, true>(sum, a_high, b_high);
+}
+"""
 PAD = 8  # fp32 numbers between rows of N: no two rows that a warp writes at once share a bank
 
 
@@ -35,6 +57,7 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 SPACE = Space(
     params=(
         Param("solve_block", (16, 32), 32, "rows of the diagonal blocks that forward substitution inverts"),
+        Param("products", ("fp32", "tf32x3"), "fp32", "what two inverses are made one by"),
         Param("num_warps", (4, 8), 4, "warps per block, four to a warpgroup"),
         Param("blocks_per_sm", (1, 2, 3, 4, 5), 5, "blocks that registers are kept for"),
     ),
@@ -54,8 +77,8 @@ SPACE = Space(
 
 def factory(
     H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, SOLVE: int, BLOCKS: int, WRITERS: int,
-    READERS: int, NORM: str, TRAINS: bool, G_DTYPE: str, BETA_DTYPE: str, SHARED_G_DTYPE: str, SHARED_BETA_DTYPE: str,
-    CAPABILITY: int,
+    READERS: int, NORM: str, TRAINS: bool, PRODUCTS: str, G_DTYPE: str, BETA_DTYPE: str, SHARED_G_DTYPE: str,
+    SHARED_BETA_DTYPE: str, CAPABILITY: int,
 ) -> Any:  # fmt: skip
     import tilelang.language as T
     from tilelang.layout import make_swizzled_layout
@@ -69,6 +92,8 @@ def factory(
     # row, first of four columns, and how many of them are left of the diagonal; lists: the loops over them unroll here
     substitutions = [(i, j, [0, 1, 2, 3][: i - j]) for j in range(0, SOLVE, 4) for i in range(j + 1, SOLVE)]
     merges = [size for size in (16, 32, 64) if SOLVE <= size < C]
+    # of a thread: its share of HALF x HALF, or those of as many units of a warp
+    SUMS = max(4, HALF * HALF // THREADS) if PRODUCTS == "fp32" else max(8, HALF * HALF // THREADS)
     STEPS = C * C // (THREADS * common.VECTOR)  # of all threads, to go through a tile
 
     def row_scale(square, weight):
@@ -142,6 +167,60 @@ def factory(
                     b_N[o_pair + size + row + step * turn, o_pair + column + j] = -acc[turn * 4 + j]
         T.sync_threads()
 
+    @T.macro
+    def multiply_halves(sums, o_sums, left, right, o_right):
+        T.evaluate(
+            T.call_extern(
+                "handle", "multiply_halves", T.address_of(sums[o_sums]), T.address_of(left[0]),
+                T.address_of(right[o_right]),
+            )
+        )  # fmt: skip
+
+    @T.macro
+    def merge_by_halves(b_N, inner, acc, left, right, size, tx):
+        """The same. Lane 4 g + j has rows g and g + 8, and of K, or of a sum's columns, 2 j and 2 j + 1 of every 8."""
+        n = size // 16
+        units = HALF // size * n * n  # 16 rows and columns each
+        turns = -(-units // (THREADS // 32))
+        g = tx % 32 // 4
+        j = tx % 4 * 2
+        for turn in T.unroll(turns):
+            unit = turn * (THREADS // 32) + tx // 32
+            o_pair = unit // (n * n) * 2 * size
+            o_row = o_pair + size + unit // n % n * 16
+            o_column = o_pair + unit % n * 16
+            if unit < units:
+                for i in T.unroll(size // 2):
+                    inner[i] = 0.0
+                for i_k in T.unroll(size // 8):
+                    for e in T.unroll(4):
+                        left[e] = b_N[o_pair + i_k * 8 + j + e // 2, o_column + g + e % 2 * 8]
+                    for i_n in T.unroll(size // 8):
+                        for e in T.vectorized(2):
+                            right[e] = b_N[o_pair + size + i_n * 8 + g, o_pair + i_k * 8 + j + e]
+                        multiply_halves(inner, i_n * 4, left, right, 0)
+                for i in T.unroll(8):
+                    acc[turn * 8 + i] = 0.0
+                for i_k in T.unroll(size // 8):
+                    for half in T.unroll(2):
+                        for e in T.vectorized(2):
+                            right[e] = b_N[o_row + half * 8 + g, o_pair + size + i_k * 8 + j + e]
+                        for e in T.unroll(2):
+                            left[half + e * 2] = right[e]
+                    for half in T.unroll(2):
+                        multiply_halves(acc, turn * 8 + half * 4, left, inner, i_k * 4 + half * 2)
+        T.sync_threads()
+        for turn in T.unroll(turns):
+            unit = turn * (THREADS // 32) + tx // 32
+            o_pair = unit // (n * n) * 2 * size
+            o_row = o_pair + size + unit // n % n * 16
+            o_column = o_pair + unit % n * 16
+            if unit < units:
+                for i in T.unroll(4):
+                    for e in T.vectorized(2):
+                        b_N[o_row + i % 2 * 8 + g, o_column + i // 2 * 8 + j + e] = -acc[turn * 8 + i * 2 + e]
+        T.sync_threads()
+
     @T.prim_func
     def gdn_prepare(
         q: T.Tensor((R, H, K), DTYPE),
@@ -167,6 +246,8 @@ def factory(
     ):
         with T.Kernel(n_blocks, threads=THREADS) as block:
             T.annotate_min_blocks_per_sm(BLOCKS)
+            if PRODUCTS == "tf32x3":
+                T.import_source(HALVES)
             tx = T.get_thread_binding()
             i_h = block % H
             i_c = block // H
@@ -187,7 +268,8 @@ def factory(
             slots = T.alloc_local((io.passes(C, K),), "int32")
             x = T.alloc_local((SOLVE,), "float32")
             row4 = T.alloc_local((4,), "float32")
-            acc = T.alloc_local((max(4, HALF * HALF // THREADS),), "float32")
+            acc = T.alloc_local((SUMS,), "float32")
+            inner = T.alloc_local((HALF // 2,), "float32")
             right = T.alloc_local((16,), "float32")
             inverse = T.alloc_local((common.VECTOR,), "float32")
             betas = T.alloc_local((common.VECTOR,), "float32")
@@ -283,7 +365,10 @@ def factory(
                 io.store_by_head(b_P, P, first, n_rows, i_h, 0, tx, C, C)
                 invert_diagonal(b_N, x, row4, tx)
                 for size in merges:
-                    merge(b_N, acc, row4, right, size, tx)
+                    if PRODUCTS == "tf32x3":
+                        merge_by_halves(b_N, inner, acc, row4, right, size, tx)
+                    else:
+                        merge(b_N, acc, row4, right, size, tx)
                 for e in T.unroll(common.VECTOR):
                     betas[e] = b_beta[tx % (C // common.VECTOR) * common.VECTOR + e]
                 for p in T.unroll(STEPS):
@@ -317,7 +402,7 @@ def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
     values = common.constants(
         call, SOLVE=int(call.config["solve_block"]), BLOCKS=int(call.config["blocks_per_sm"]),
         WRITERS=int(problem.shared) + problem.top_k, READERS=int(problem.shared) + problem.readers, NORM=problem.norm,
-        TRAINS=problem.trains, **dtypes,
+        TRAINS=problem.trains, PRODUCTS=str(call.config["products"]), **dtypes,
     )  # fmt: skip
     names = ("P", "Ag", "k_scale", "q_scale", "g_cumsum", "perm", "weights", "chunk_table")
     blocks = call.sizes.chunks * problem.num_heads
