@@ -63,10 +63,11 @@ $(VENV)/.installed-dev: $(VENV)/.created pyproject.toml constraints-cpu.txt
 search: $(VENV)/.installed
 	@$(BIN)/sse-tune search $(ARGS)
 
-# Triton decides at its import whether it interprets, so those tests are a process of their own.
+# Triton decides at its import whether it interprets, so those tests are a process of their own. The others go by files,
+# some of which compile for minutes before their first test.
 test: $(VENV)/.installed-dev
-	@$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "not interpret and not gpu" $(ARGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup -m "interpret and not gpu" $(ARGS)
+	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not interpret and not gpu" $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n $(JOBS) -m "interpret and not gpu" $(ARGS)
 
 test-gpu: $(VENV)/.installed-dev
 	@$(BIN)/python -m pytest -m gpu $(ARGS)
