@@ -4,9 +4,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sse_tune import layers
 from sse_tune.errors import ProblemError
 from sse_tune.layers import SSEGDN, SSEGLA, ShortConvolution
+from sse_tune.problem import Problem
 from sse_tune.reference.recurrent import recurrent
+from sse_tune.runtime.pipeline import DTYPES
 
 SMALL = dict(hidden_size=24, head_dim=8, num_heads=2)
 LAYERS = {
@@ -26,6 +29,21 @@ def layer(request):
 
 def shapes(layer):
     return {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+
+
+@pytest.mark.parametrize("name", ["gla", "gdn"])
+def test_gates_are_as_plans_are_tuned_for(name, monkeypatch):
+    handed = {}
+
+    def attention(q, k, v, g, *_, **more):
+        handed.update(k=k, g=g, shared_g=more["shared_g"])
+        return v, None
+
+    monkeypatch.setattr(layers, "sse_attention", attention)
+    LAYERS[name]().bfloat16()(torch.randn(1, 5, 24, dtype=torch.bfloat16))
+    dtype = DTYPES[Problem(rule=name, seq_len=5, num_heads=2, head_dim=8, dtype="bf16").gate_dtype]
+    assert handed["k"].dtype == torch.bfloat16
+    assert handed["g"].dtype == handed["shared_g"].dtype == dtype
 
 
 def test_gla_has_the_authors_parameters():

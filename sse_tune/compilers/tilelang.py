@@ -160,9 +160,8 @@ def _store(folder: pathlib.Path, built: Built) -> None:
 
 
 def _compile(program: Program, arch: str) -> Built:
-    full = f"{arch}a" if arch in _OWN_INSTRUCTIONS else arch
-    source, name, parameters, smem_bytes = _generate(program, full)
-    cubin, said = _assemble(source, full)
+    source, name, parameters, smem_bytes = _generate(program, arch)
+    cubin, said = _assemble(source, _full_name(arch))
     found = re.search(r"(\d+) bytes stack frame.*?Used (\d+) registers(?:.*?(\d+) bytes smem)?", said, re.DOTALL)
     if found is None:
         raise CompileError("ptxas must tell what a kernel uses", f"{said.strip()[-200:]!r}", "check nvcc")
@@ -172,13 +171,17 @@ def _compile(program: Program, arch: str) -> Built:
     )  # fmt: skip
 
 
+def _full_name(arch: str) -> str:
+    return f"{arch}a" if arch in _OWN_INSTRUCTIONS else arch
+
+
 def _generate(program: Program, arch: str) -> tuple[str, str, tuple[Parameter, ...], int]:
     """CUDA C++ of a program, the name and parameters of its kernel, and its dynamic shared memory."""
     from tilelang import tvm
     from tilelang.engine.lower import lower
 
-    target = tvm.target.Target({"kind": "cuda", "arch": arch})
-    capability = int(arch.removeprefix("sm_").removesuffix("a"))
+    target = tvm.target.Target({"kind": "cuda", "arch": _full_name(arch)})
+    capability = int(arch.removeprefix("sm_"))
     factory = getattr(importlib.import_module(program.module), program.factory)
     with tvm.transform.PassContext(opt_level=3, config=_passes(program)), target:
         lowered = lower(factory(**dict(program.constants), CAPABILITY=capability), target=target)

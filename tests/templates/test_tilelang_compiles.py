@@ -161,7 +161,7 @@ def test_halves_of_a_block_meet_at_no_barrier():
     (launch,) = record_launches(
         find_template("tilelang", "gla_decay_rows"), GLA, GLA_CASE.outer, config_of(GLA_CASE)
     )
-    source, *_ = tilelang._generate(launch.kernel, "sm_90a")
+    source, *_ = tilelang._generate(launch.kernel, "sm_90")
     near = source[source.index("if (is_far == 0) {") : source.index("tl::fence_proxy_async();")]
     assert near.count("exp2_or_zero(") == 32 and "sync" not in near  # two of each row at once, in each half
     assert tilelang.cache_key(launch.kernel, "sm_90") != tilelang.cache_key(
@@ -178,7 +178,7 @@ def test_no_step_of_a_gla_walk_waits_for_what_it_loads(name, num_stages):
     """Whatever a step reads from memory are copies, and those of the num_stages - 2 chunks after it stay in flight."""
     case = Case(name, "sm_90", GLA, (("num_stages", num_stages),))
     (launch,) = record_launches(find_template("tilelang", name), GLA, case.outer, config_of(case))
-    source, *_ = tilelang._generate(launch.kernel, "sm_90a")
+    source, *_ = tilelang._generate(launch.kernel, "sm_90")
     loop = source[source.index("cp_async_wait<") : source.rindex("wait_wgmma<")]
     assert re.findall(r"cp_async_wait<(\d+)>", loop) == [str(num_stages - 2)]
     for line in loop.splitlines():

@@ -6,9 +6,11 @@ TileLang's kernels run in the emulator, `emulated_cuda` says what that can show;
 import dataclasses
 
 import pytest
+import torch
 
 from sse_tune.device import ARCHS
 from sse_tune.problem import Problem
+from sse_tune.runtime.pipeline import DTYPES, Execution
 from sse_tune.templates import registry
 from tests.templates import emulated_cuda
 from tests.templates.against_reference import compare, make_inputs
@@ -19,30 +21,66 @@ pytestmark = [
     pytest.mark.interpret,
     pytest.mark.skipif(lacks is not None, reason=f"nothing to emulate with: {lacks}"),
 ]
-FULL_NAMES = {"sm_80": "sm_80", "sm_90": "sm_90a"}
 OF_TRITON = {"routing", "combine", "combine_gradients"}
 
 
+PROBLEM = Problem(
+    rule="gdn", seq_len=150, num_heads=1, head_dim=64, head_dim_v=64, num_partitions=3, top_k=2, dtype="fp16",
+    num_sequences=3, norm="before",
+)  # fmt: skip
+LENGTHS = [0, 79, 71]
+BY_TENSOR_CORES = {"products": "tf32x3", "solve_block": 16}
+
+
+def plan_of(problem, arch, prepare=None, **outer):
+    """The default with other choices: outer ones, and of GDN's `prepare`."""
+    device = ARCHS[arch]
+    outer = registry.default_plan(problem, device, "tilelang").outer.replace(**outer)
+    plan = registry.default_plan(problem, device, "tilelang", outer)
+    assert all(plan.stages[name].backend == "tilelang" for name in plan.stages if name not in OF_TRITON)
+    if prepare is None:
+        return plan
+    choice = plan.stages["prepare"]
+    plan = plan.replace_stage("prepare", dataclasses.replace(choice, config=choice.config.replace(**prepare)))
+    registry.validate_plan(plan, problem, device)
+    return plan
+
+
 @pytest.mark.parametrize(
-    ("rule", "states", "arch", "changes"),
+    ("rule", "states", "arch", "prepare", "gates"),
     [
-        ("gdn", "recompute", "sm_80", {}),
-        ("gdn", "store", "sm_90", {"prepare": {"products": "tf32x3", "solve_block": 16}}),
-        ("gla", "store", "sm_80", {}),
-        ("gla", "joint", "sm_80", {}),
+        ("gdn", "recompute", "sm_80", None, "fp32"),
+        ("gdn", "store", "sm_90", BY_TENSOR_CORES, "fp32"),
+        ("gla", "store", "sm_80", None, "fp16"),
+        ("gla", "joint", "sm_80", None, "fp32"),
     ],
     ids=str,
 )
-def test_it_matches_the_reference(rule, states, arch, changes, poisoned_empty):
-    problem = Problem(
-        rule=rule, seq_len=150, num_heads=1, head_dim=64, head_dim_v=64, num_partitions=3, top_k=2, dtype="fp16",
-        num_sequences=3, norm="before",
-    )  # fmt: skip
-    outer = registry.default_plan(problem, ARCHS[arch], "tilelang").outer.replace(states=states)
-    plan = registry.default_plan(problem, ARCHS[arch], "tilelang", outer)
-    for stage, values in changes.items():
-        choice = plan.stages[stage]
-        plan = plan.replace_stage(stage, dataclasses.replace(choice, config=choice.config.replace(**values)))
-    assert all(plan.stages[name].backend == "tilelang" for name in plan.stages if name not in OF_TRITON)
-    launcher = Launcher(Mode("late", "scattered"), arch=FULL_NAMES[arch])
-    compare(problem, make_inputs(problem, [0, 79, 71], initial=True), poisoned_empty, plan=plan, launcher=launcher)
+def test_it_matches_the_reference(rule, states, arch, prepare, gates, poisoned_empty):
+    problem = PROBLEM.replace(rule=rule)
+    inputs = make_inputs(problem, LENGTHS, initial=True)
+    inputs = dataclasses.replace(inputs, **{n: getattr(inputs, n).to(DTYPES[gates]) for n in ("g", "shared_g")})
+    launcher = Launcher(Mode("late", "scattered"), arch=arch)
+    compare(problem, inputs, poisoned_empty, plan=plan_of(problem, arch, prepare, states=states), launcher=launcher)
+
+
+@pytest.mark.parametrize("mode", [Mode("late", "forward"), Mode("late", "scattered")], ids=str)
+def test_inverses_by_tensor_cores_are_as_exact_as_fp32(mode, poisoned_empty):
+    """Of keys that repeat, with beta 2 and hardly a gate: a single tf32 product would not do."""
+    inputs = make_inputs(PROBLEM, LENGTHS, gate=1e-3)
+    k = inputs.k[:2].repeat(PROBLEM.seq_len // 2, 1, 1)
+    twos = torch.full_like(inputs.beta, 2.0)
+    inputs = dataclasses.replace(inputs, k=k, shared_k=k, beta=twos, shared_beta=twos)
+
+    def inverse(prepare):
+        execution = Execution(
+            plan_of(PROBLEM, "sm_90", prepare), PROBLEM, inputs, scale=1.0, allocate=poisoned_empty,
+            launcher=Launcher(mode), keep=True,
+        )  # fmt: skip
+        execution.forward()
+        return execution.tensors["A"].double()
+
+    expected, actual = inverse(None), inverse(BY_TENSOR_CORES)
+    assert torch.equal(actual.isnan(), expected.isnan()), "rows that nobody writes"
+    assert expected.nan_to_num().abs().max() >= 1
+    assert (actual - expected).nan_to_num().norm() <= 1e-4 * expected.nan_to_num().norm()

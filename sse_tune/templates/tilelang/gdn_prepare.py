@@ -92,8 +92,8 @@ def factory(
     # row, first of four columns, and how many of them are left of the diagonal; lists: the loops over them unroll here
     substitutions = [(i, j, [0, 1, 2, 3][: i - j]) for j in range(0, SOLVE, 4) for i in range(j + 1, SOLVE)]
     merges = [size for size in (16, 32, 64) if SOLVE <= size < C]
-    # of a thread: its share of HALF x HALF, or those of as many units of a warp
-    SUMS = max(4, HALF * HALF // THREADS) if PRODUCTS == "fp32" else max(8, HALF * HALF // THREADS)
+    # of a thread: its share of HALF x HALF, four columns at least, or two times four of a warp's 16 x 16
+    SUMS = max(4 if PRODUCTS == "fp32" else 8, HALF * HALF // THREADS)
     STEPS = C * C // (THREADS * common.VECTOR)  # of all threads, to go through a tile
 
     def row_scale(square, weight):
@@ -176,19 +176,22 @@ def factory(
             )
         )  # fmt: skip
 
+    def place(unit, size):
+        """First rows of a pair of blocks, and of the 16 rows and columns that are made of it."""
+        n = size // 16
+        o_pair = unit // (n * n) * 2 * size
+        return o_pair, o_pair + size + unit // n % n * 16, o_pair + unit % n * 16
+
     @T.macro
     def merge_by_halves(b_N, inner, acc, left, right, size, tx):
         """The same. Lane 4 g + j has rows g and g + 8, and of K, or of a sum's columns, 2 j and 2 j + 1 of every 8."""
-        n = size // 16
-        units = HALF // size * n * n  # 16 rows and columns each
+        units = HALF * size // 256  # 16 rows and columns each
         turns = -(-units // (THREADS // 32))
         g = tx % 32 // 4
         j = tx % 4 * 2
         for turn in T.unroll(turns):
             unit = turn * (THREADS // 32) + tx // 32
-            o_pair = unit // (n * n) * 2 * size
-            o_row = o_pair + size + unit // n % n * 16
-            o_column = o_pair + unit % n * 16
+            o_pair, o_row, o_column = place(unit, size)
             if unit < units:
                 for i in T.unroll(size // 2):
                     inner[i] = 0.0
@@ -212,9 +215,7 @@ def factory(
         T.sync_threads()
         for turn in T.unroll(turns):
             unit = turn * (THREADS // 32) + tx // 32
-            o_pair = unit // (n * n) * 2 * size
-            o_row = o_pair + size + unit // n % n * 16
-            o_column = o_pair + unit % n * 16
+            _, o_row, o_column = place(unit, size)
             if unit < units:
                 for i in T.unroll(4):
                     for e in T.vectorized(2):

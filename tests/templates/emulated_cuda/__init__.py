@@ -82,7 +82,7 @@ def missing() -> str | None:
 
 @functools.lru_cache(maxsize=None)
 def generate(program: Program, arch: str) -> Source:
-    """`arch`: "sm_80" or "sm_90a"."""
+    """`arch`: "sm_80" or "sm_90"."""
     return Source(*tilelang._generate(program, arch))
 
 
@@ -90,7 +90,7 @@ class Launcher:
     """Runs each program a template launches, as generated for an architecture, on tensors of the CPU; `edit` changes
     its source before. A kernel of Triton's is run by Triton's interpreter, which must be on."""
 
-    def __init__(self, mode: Mode, edit: Callable[[str], str] | None = None, arch: str = "sm_90a") -> None:
+    def __init__(self, mode: Mode, edit: Callable[[str], str] | None = None, arch: str = "sm_90") -> None:
         self._mode, self._edit, self._arch = mode, edit, arch
 
     def __call__(
