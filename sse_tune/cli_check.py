@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,7 +20,7 @@ from sse_tune.cli_common import (
     print_json,
     split,
 )
-from sse_tune.device import ARCHS
+from sse_tune.device import ARCHS, usable_cores
 from sse_tune.problem import DTYPES, RULES, Problem
 
 if TYPE_CHECKING:
@@ -158,7 +157,7 @@ def _check_in_workers(
     from sse_tune.tuning.lanes import Lanes
     from sse_tune.tuning.machine import workers_for
 
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, usable_cores() // processes)
     lanes = Lanes([worker for _ in range(processes) for worker in workers_for(name, threads=threads)])
     try:
         return check_in_shares(tasks, device, lanes, quick, names=names, on_case=tell)

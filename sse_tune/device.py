@@ -116,6 +116,11 @@ ARCHS: dict[str, Device] = {
 }
 
 
+def usable_cores() -> int:
+    """The processor cores that this process may run on: less than there are under taskset or a batch system."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def program_output(*command: str) -> str | None:
     """What a program prints; None: it is not there or fails."""
     if shutil.which(command[0]) is None:

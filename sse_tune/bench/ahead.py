@@ -10,14 +10,13 @@ from __future__ import annotations
 import concurrent.futures
 import itertools
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from sse_tune.bench.peers import cannot, peers_of, run_of
 from sse_tune.bench.sides import calls_of
-from sse_tune.device import Device
+from sse_tune.device import Device, usable_cores
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.templates.registry import is_compiled
@@ -38,7 +37,7 @@ def compile_plans(plans: Iterable[tuple[Problem, Plan]], device: Device) -> None
         if is_compiled(choice.backend)
     }
     if pieces:
-        with CompileAhead(device, min(len(pieces), os.cpu_count() or 1)) as pool:
+        with CompileAhead(device, min(len(pieces), usable_cores())) as pool:
             concurrent.futures.wait([pool.submit(*piece) for piece in pieces])
 
 
@@ -55,7 +54,7 @@ def compile_peers(problem: Problem, device: Device, limit_s: float = PEERS_LIMIT
         The processes' exit codes, 0 where all went well. One that failed has said why on stderr; nothing is lost by it
         but time, since whatever it would have compiled is compiled when the peer runs.
     """
-    count = min(_MOST_PROCESSES, os.cpu_count() or 1)
+    count = min(_MOST_PROCESSES, usable_cores())
     spawned = multiprocessing.get_context("spawn")
     processes = [spawned.Process(target=_run_share, args=(problem, device, i, count)) for i in range(count)]
     for process in processes:

@@ -6,12 +6,11 @@ import concurrent.futures
 import dataclasses
 import heapq
 import itertools
-import os
 import threading
 from collections.abc import Callable, Iterable
 
 from sse_tune.compile import compile_stage, limits_reason
-from sse_tune.device import Device
+from sse_tune.device import Device, usable_cores
 from sse_tune.errors import ConstraintError, PlanError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
@@ -55,7 +54,7 @@ class CompileAhead:
 
     def __init__(self, device: Device, size: int | None = None) -> None:
         self.device = device
-        self.size = size or max(1, (os.cpu_count() or 1) - 2)
+        self.size = size or max(1, usable_cores() - 2)
         self._threads = concurrent.futures.ThreadPoolExecutor(self.size, thread_name_prefix="compile-ahead")
         self._local = threading.local()
         self._workers: list[Worker] = []

@@ -18,12 +18,12 @@ import dataclasses
 import itertools
 import json
 import multiprocessing
-import os
 import pathlib
 import statistics
 import sys
 from collections.abc import Sequence
 
+from sse_tune.device import usable_cores
 from sse_tune.errors import SearchError, SSETuneError
 from sse_tune.plan import Plan, StageChoice
 from sse_tune.tuning.additivity import additivity
@@ -214,7 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--noise", type=float, default=0.0, help="0.02: each answer is blurred by about 2 %%")
     parser.add_argument("--strategies", default=",".join(STRATEGIES))
     parser.add_argument("--plot", type=pathlib.Path, help="a picture to draw, ratio against evaluations")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--processes", type=int, default=usable_cores())
     given = parser.parse_args(arguments)
     try:
         if given.plot is not None:

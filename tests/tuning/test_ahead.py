@@ -1,6 +1,7 @@
 """Compilation ahead: what is handed to the compilers, and that it is what a check will run."""
 
 import concurrent.futures
+import os
 import threading
 
 from sse_tune.database.store import TuningDatabase
@@ -48,6 +49,12 @@ def test_every_stage_of_every_case_is_compiled():
         expected |= {(choice, posed, plan.outer, CASES[name].states) for choice in plan.stages.values()}
     assert ahead.asked == expected
     assert len(submitted) >= len(expected)
+
+
+def test_it_takes_the_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(3, 9)), raising=False)
+    with CompileAhead(DEVICE) as ahead:
+        assert ahead.size == 4
 
 
 def test_cases_that_do_not_apply_are_left_out():
