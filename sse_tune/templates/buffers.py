@@ -95,6 +95,7 @@ class Buffer:
     """A named tensor between stages; `dtype` "io" is the problem's own, "state" the plan's stored-state dtype.
 
     "sum" is fp32, or fp64 beside fp32 operands: a gate of -100 in a chunk would cost the sum the digits they have.
+    "gates" is fp32, but bf16 for GLA beside bf16 operands: there gates are as many as keys. fp16 has not got the range.
     """
 
     name: str
@@ -107,6 +108,8 @@ class Buffer:
             return problem.dtype if outer["state_dtype"] == "io" else "fp32"
         if self.dtype == "sum":
             return "fp64" if problem.dtype == "fp32" else "fp32"
+        if self.dtype == "gates":
+            return "bf16" if problem.rule == "gla" and problem.dtype == "bf16" else "fp32"
         return problem.dtype if self.dtype == "io" else self.dtype
 
     def bytes(self, sizes: Sizes, outer: Config) -> int:
@@ -209,7 +212,7 @@ BUFFERS: dict[str, Buffer] = {
         Buffer("db", "fp32", _scalars, "GDN: what the scores give to the gradient of g_cumsum"),
         Buffer("dq_rows", "io", _sparse_keys, "gradient of q, each row's part"),
         Buffer("dk_rows", "io", _sparse_keys, "gradient of k, each row's part"),
-        Buffer("dg_rows", "fp32", _sparse_gates, "gradient of g, each row's part"),
+        Buffer("dg_rows", "gates", _sparse_gates, "gradient of g, each row's part"),
         Buffer("dbeta_rows", "fp32", _sparse_scalars, "GDN: gradient of beta, each row's part"),
         Buffer("de_rows", "fp32", _sparse_scalars, "gradient of the router weight, each row's part"),
     )

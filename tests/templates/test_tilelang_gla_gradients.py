@@ -3,6 +3,7 @@
 import concurrent.futures
 import dataclasses
 import multiprocessing
+import re
 
 import pytest
 
@@ -132,7 +133,7 @@ def test_what_does_not_fit_is_refused_with_its_reason(problem, changes, rule):
 
 def test_gates_of_another_dtype_are_another_program_that_fits_too():
     """Copies do not convert: the code depends on the dtypes of both streams' gates. Calls may bring fp32 ones."""
-    near, names = launches_of(MAIN)[0].kernel, ("GATE_DTYPE", "SHARED_GATE_DTYPE")
+    near, names = launches_of(MAIN)[0].kernel, ("G_DTYPE", "SHARED_G_DTYPE")
     constants = dict(near.constants)
     assert [constants[name] for name in names] == ["bfloat16", "bfloat16"]
     other = dataclasses.replace(
@@ -146,3 +147,16 @@ def test_gates_of_another_dtype_are_another_program_that_fits_too():
     assert built.dynamic_smem_bytes + built.static_smem_bytes <= smem_bytes(MAIN, Config({**OUTER, **config}))
     assert built.registers * config["num_warps"] * 32 * config["blocks_per_sm"] <= REGISTERS_PER_BLOCK
     assert built.stack_bytes <= MAX_SPILL_BYTES["main-sm_90"]
+
+
+@pytest.mark.parametrize("name", ["gla_gradients", "gla_decay_rows"])
+def test_gates_are_copied_in_the_background(name):
+    """A load by each thread, converted and put into shared memory, took longer than all else of the kernel."""
+    if tilelang.missing() is not None:
+        pytest.skip(f"nothing to compile with: {tilelang.missing()}")
+    template = find_template("tilelang", name)
+    config = template.space.default(MAIN, ARCHS["sm_90"], OUTER)
+    kernel = record_launches(template, MAIN, OUTER, config)[0].kernel
+    code = tilelang._generate(kernel, "sm_90")[0]
+    read = [line for line in code.splitlines() if re.search(r"[^\w](shared_)?g\[", line)]
+    assert read and all("cp_async" in line for line in read)

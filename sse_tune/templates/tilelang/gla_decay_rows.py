@@ -44,7 +44,7 @@ __device__ __forceinline__ float round_to_tf32(float x) {
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
-    """Rows of q and k and fp32 gates, in fp16 one tf32 operand; the scores, two numbers a column, and two a row."""
+    """Rows of q, k and gates of 32 bits at most, in fp16 a tf32 operand; the scores, two numbers a column and a row."""
     c, k, item = int(config["chunk_size"]), problem.key_dim, common.item_bytes(problem)
     wide = 4 if problem.dtype == "fp16" else 0
     return (2 * item + 4 + wide) * c * k + item * c * c + 4 * 2 * k + 4 * 2 * c + 1024
@@ -88,6 +88,8 @@ def factory(
     EPS = 1e-6
     LOG2E = 1.4426950408889634
     WIDE = DTYPE == "float16"
+    GATES = G_DTYPE if G_DTYPE == SHARED_G_DTYPE and not WIDE else "float32"  # as they lie in shared memory
+    AT_ONCE = 4 if GATES == "float32" else common.VECTOR
     HALF = C // 2
     LEVELS = C.bit_length() - 1
     TEAM = THREADS // 2  # threads of one half of the rows
@@ -110,7 +112,7 @@ def factory(
 
     def bounded(gate):
         """Below -128 e^g is 0 in fp32 either way, and a bounded gate keeps the digits of the sums it enters."""
-        return T.max(gate, -128.0)
+        return T.max(T.Cast("float32", gate), -128.0)
 
     def tf32(number):
         return T.call_pure_extern("float32", "round_to_tf32", number)
@@ -122,25 +124,24 @@ def factory(
         return i_slice * (TEAM * COLUMNS) + tx % TEAM * COLUMNS
 
     @T.macro
-    def gather_gates(source, dtype, b_g, slots, i_h, n_rows, tx):
-        """Log-gates of the rows whose q and k this thread copies, in fp32; 0 for rows that do not write, and past the
-        end."""
+    def gather_gates(source, b_g, slots, i_h, n_rows, tx):
+        """Log-gates of the rows whose q and k this thread copies; 0 for rows that do not write, and past the end."""
         for p in T.unroll(io.passes(C, K)):
             i = p * THREADS + tx
             row = i // (K // common.VECTOR)
             token = T.Cast("int64", T.truncdiv(slots[p], L))
             lane = slots[p] - T.truncdiv(slots[p], L) * L
-            for side in T.unroll(2):
-                o_d = i % (K // common.VECTOR) * 4 + side * (K // 2)
-                if dtype == "float32":
+            for side in T.unroll(common.VECTOR // AT_ONCE):
+                o_d = i % (K // common.VECTOR) * AT_ONCE + side * (K // 2)
+                if source.dtype == GATES:
                     T.ptx_cp_async(
-                        T.access_ptr(b_g[row, o_d], "w", 4),
-                        T.access_ptr(source[token, i_h, o_d], "r", 4),
-                        4,
+                        T.access_ptr(b_g[row, o_d], "w", AT_ONCE),
+                        T.access_ptr(source[token, i_h, o_d], "r", AT_ONCE),
+                        AT_ONCE,
                         predicate=(row < n_rows) and (lane < WRITERS),
                     )
-                else:
-                    for e in T.unroll(4):
+                else:  # copies do not convert
+                    for e in T.unroll(AT_ONCE):
                         b_g[row, o_d + e] = T.if_then_else(
                             (row < n_rows) and (lane < WRITERS), T.Cast("float32", source[token, i_h, o_d + e]), 0.0
                         )
@@ -211,13 +212,13 @@ def factory(
                 for r in orders[is_second]:
                     for e in T.unroll(COLUMNS):
                         if is_second:
-                            x[e] += gates[r * COLUMNS + e] * LOG2E
+                            x[e] += T.Cast("float32", gates[r * COLUMNS + e]) * LOG2E
                             qe[e] = T.Cast("float32", q_rows[r * COLUMNS + e]) * exp2(x[e])
                             ke[e] = T.Cast("float32", k_rows[r * COLUMNS + e]) * exp2(-x[e])
                         else:
                             qe[e] = T.Cast("float32", q_rows[r * COLUMNS + e]) * exp2(-x[e])
                             ke[e] = T.Cast("float32", k_rows[r * COLUMNS + e]) * exp2(x[e])
-                            x[e] += gates[r * COLUMNS + e] * LOG2E
+                            x[e] += T.Cast("float32", gates[r * COLUMNS + e]) * LOG2E
                     for e in T.unroll(COLUMNS):
                         pair[e] = T.Cast(DTYPE, qe[e] * (up[e] * c_rows[r]))
                     store_pair(qg, pair, i_h, first, begin + r, n_rows, column)
@@ -329,10 +330,9 @@ def factory(
             half = tx // TEAM
             b_q = T.alloc_shared((1, C, K), DTYPE)
             b_k = T.alloc_shared((1, C, K), DTYPE)
-            b_g = T.alloc_shared((C, K), "float32")
+            b_g = T.alloc_shared((C, K), GATES)
             w_q = T.alloc_shared((C, K) if WIDE else (1, 1), "float32")
-            tf32_q = T.view(w_q, dtype=T.tfloat32)
-            tf32_k = T.view(b_g, dtype=T.tfloat32)
+            tf32_q, tf32_k = (T.view(x, dtype=T.tfloat32) for x in (w_q, b_g)) if WIDE else (None, None)
             b_P = T.alloc_shared((C, C), DTYPE)
             b_ends = T.alloc_shared((2, K), "float32", scope="shared")  # e^(sum over the first half, over the second)
             b_a = T.alloc_shared((C,), "float32", scope="shared")
@@ -348,7 +348,7 @@ def factory(
             qe = T.alloc_local((COLUMNS,), "float32")
             ke = T.alloc_local((COLUMNS,), "float32")
             pair = T.alloc_local((COLUMNS,), DTYPE)
-            gates = T.alloc_local((BATCH * COLUMNS,), "float32")
+            gates = T.alloc_local((BATCH * COLUMNS,), GATES)
             q_rows = T.alloc_local((BATCH * COLUMNS,), DTYPE)
             k_rows = T.alloc_local((BATCH * COLUMNS,), DTYPE)
             a_rows = T.alloc_local((BATCH,), "float32")
@@ -366,9 +366,9 @@ def factory(
             if i_seg >= 0:
                 io.load_slots(perm, slots, first, n_rows, tx, C, K)
                 if i_seg < n_shared:
-                    gather_gates(shared_g, SHARED_G_DTYPE, b_g, slots, i_h, n_rows, tx)
+                    gather_gates(shared_g, b_g, slots, i_h, n_rows, tx)
                 else:
-                    gather_gates(g, G_DTYPE, b_g, slots, i_h, n_rows, tx)
+                    gather_gates(g, b_g, slots, i_h, n_rows, tx)
                 T.ptx_commit_group()
                 gather_rows(q, k, shared_q, shared_k, b_q, b_k, slots, i_seg < n_shared, i_h, tx)
                 row = tx // PARTS

@@ -67,8 +67,8 @@ SPACE = Space(
 
 def factory(
     H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BLOCKS: int, PARTITIONS: int, HAS_SHARED: bool,
-    HAS_INITIAL: bool, HAS_FINAL: bool, WRITERS: int, READERS: int, NORM: str, GATE_DTYPE: str, SHARED_GATE_DTYPE: str,
-    CAPABILITY: int,
+    HAS_INITIAL: bool, HAS_FINAL: bool, WRITERS: int, READERS: int, NORM: str, G_DTYPE: str, SHARED_G_DTYPE: str,
+    DG_ROWS_DTYPE: str, CAPABILITY: int,
 ) -> Any:  # fmt: skip
     import tilelang.language as T
     from tilelang.layout import make_swizzled_layout
@@ -83,6 +83,7 @@ def factory(
     PARTS = THREADS // BK
     ROWS = C // PARTS  # of a part of a column
     IS_EXACT = DTYPE == "bfloat16"  # Z and dA are one operand of bf16 each
+    GATES = G_DTYPE if G_DTYPE == SHARED_G_DTYPE else "float32"  # as they lie in shared memory
     terms = gla_tiles.terms(T, C, BK, SIDES, IS_EXACT, NORM)
     R, S, M, B, N, G = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B", "N", "G"))
 
@@ -91,10 +92,10 @@ def factory(
         q: T.Tensor((R, H, K), DTYPE),
         k: T.Tensor((R, H, K), DTYPE),
         v: T.Tensor((R, H, V), DTYPE),
-        g: T.Tensor((R, H, K), GATE_DTYPE),
+        g: T.Tensor((R, H, K), G_DTYPE),
         shared_q: T.Tensor((R, H, K), DTYPE),
         shared_k: T.Tensor((R, H, K), DTYPE),
-        shared_g: T.Tensor((R, H, K), SHARED_GATE_DTYPE),
+        shared_g: T.Tensor((R, H, K), SHARED_G_DTYPE),
         do: T.Tensor((R, H, V), DTYPE),
         k_scale: T.Tensor((H, M), "float32"),
         q_scale: T.Tensor((H, M), "float32"),
@@ -104,11 +105,11 @@ def factory(
         d_final_state: T.Tensor((S, H, K, V), "float32"),
         dq_rows: T.Tensor((G, H, K), DTYPE),
         dk_rows: T.Tensor((G, H, K), DTYPE),
-        dg_rows: T.Tensor((G, H, K), "float32"),
+        dg_rows: T.Tensor((G, H, K), DG_ROWS_DTYPE),
         de_rows: T.Tensor((H, G), "float32"),
         d_shared_q: T.Tensor((R, H, K), DTYPE),
         d_shared_k: T.Tensor((R, H, K), DTYPE),
-        d_shared_g: T.Tensor((R, H, K), SHARED_GATE_DTYPE),
+        d_shared_g: T.Tensor((R, H, K), SHARED_G_DTYPE),
         far: T.Tensor((N * H * NK,), "int32"),
         sums: T.Tensor((2, NK, H, M), "float32"),
         perm: T.Tensor((M,), "int32"),
@@ -131,7 +132,9 @@ def factory(
             b_dh = T.alloc_shared((BK, V), DTYPE)
             b_q = T.alloc_shared((C, BK), DTYPE)  # then Zq where that is of this dtype; then the gradient
             b_k = T.alloc_shared((C, BK), DTYPE)  # the same
-            b_x = T.alloc_shared((C, BK + PAD), "float32")  # log-gates, then E, then db
+            b_x = T.alloc_shared((C, BK + PAD), "float32")  # E, then db
+            # log-gates, in the same place: every thread has taken its own before there is an E
+            b_gates = b_x if GATES == "float32" else T.view(b_x, (C, 2 * (BK + PAD)), dtype=GATES)
             b_dA = T.alloc_shared((C, C), "bfloat16")
             b_total = T.alloc_shared((PARTS, BK), "float32", scope="shared")
             b_state = T.alloc_shared((4, BK), "float32", scope="shared")
@@ -193,9 +196,9 @@ def factory(
                 tiles.fetch_rows(v, b_v, b_token, i_h, 0, tx, V)
                 T.ptx_commit_group()
                 if i_seg < n_shared:
-                    tiles.fetch_slice(shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_h, 0, tx)
+                    tiles.fetch_slice(shared_q, shared_k, shared_g, b_q, b_k, b_gates, b_token, b_writes, i_h, 0, tx)
                 else:
-                    tiles.fetch_slice(q, k, g, b_q, b_k, b_x, b_token, b_writes, i_h, 0, tx)
+                    tiles.fetch_slice(q, k, g, b_q, b_k, b_gates, b_token, b_writes, i_h, 0, tx)
                 T.ptx_commit_group()
                 tiles.fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, 0, tx)
                 tiles.fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, 0, tx)
@@ -212,7 +215,7 @@ def factory(
                 io.arrive(1)
 
                 for s in T.serial(NK):
-                    columns.take(b_x, own, b_total, tx)
+                    columns.take(b_gates, own, b_total, tx)
                     T.sync_threads()
                     columns.decays(b_x, own, b_total, run, tx)
                     is_far = T.if_then_else(run[0] >= -NEAR_NATS, 0, 1)
@@ -349,10 +352,10 @@ def factory(
                     if s + 1 < NK:
                         if i_seg < n_shared:
                             tiles.fetch_slice(
-                                shared_q, shared_k, shared_g, b_q, b_k, b_x, b_token, b_writes, i_h, s + 1, tx
+                                shared_q, shared_k, shared_g, b_q, b_k, b_gates, b_token, b_writes, i_h, s + 1, tx
                             )
                         else:
-                            tiles.fetch_slice(q, k, g, b_q, b_k, b_x, b_token, b_writes, i_h, s + 1, tx)
+                            tiles.fetch_slice(q, k, g, b_q, b_k, b_gates, b_token, b_writes, i_h, s + 1, tx)
                     T.ptx_commit_group()
                     io.arrive(0)
 
@@ -379,8 +382,8 @@ def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
 def launch_near(call: Call, tensors: "Mapping[str, torch.Tensor]", far: "torch.Tensor", sums: "torch.Tensor") -> None:
     problem, sizes = call.sizes.problem, call.sizes
     dtypes = {
-        f"{name}_dtype".upper(): str(tensors[tensor].dtype).removeprefix("torch.")
-        for name, tensor in (("gate", "g"), ("shared_gate", "shared_g"))
+        f"{name}_dtype".upper(): str(tensors[name].dtype).removeprefix("torch.")
+        for name in ("g", "shared_g", "dg_rows")
     }
     values = common.constants(
         call, BLOCKS=int(call.config["blocks_per_sm"]), PARTITIONS=problem.partitions, HAS_SHARED=problem.shared,

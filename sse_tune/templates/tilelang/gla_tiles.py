@@ -17,6 +17,10 @@ def copies(T: Any, io: SimpleNamespace, threads: int, C: int, BK: int, V: int) -
     PARTS = threads // BK
     ROWS = C // PARTS
 
+    def vector(tile):
+        """Numbers of 16 bytes."""
+        return 128 // tile.dtype.bits
+
     @T.macro
     def fetch_rows(source, tile, tokens, i_h, column, tx, width):
         """A tile of rows by their tokens."""
@@ -33,18 +37,18 @@ def copies(T: Any, io: SimpleNamespace, threads: int, C: int, BK: int, V: int) -
     @T.macro
     def fetch_gates(source, tile, tokens, writes, i_h, column, tx):
         """Log-gates; rows that do not write keep the state."""
-        if source.dtype == "float32":
-            for p in T.unroll(C * BK // (threads * 4)):
+        if source.dtype == tile.dtype:
+            for p in T.unroll(C * BK // (threads * vector(tile))):
                 i = p * threads + tx
-                row = i // (BK // 4)
-                o_d = i % (BK // 4) * 4
+                row = i // (BK // vector(tile))
+                o_d = i % (BK // vector(tile)) * vector(tile)
                 T.ptx_cp_async(
-                    T.access_ptr(tile[row, o_d], "w", 4),
-                    T.access_ptr(source[T.Cast("int64", tokens[row]), i_h, column + o_d], "r", 4),
-                    4,
+                    T.access_ptr(tile[row, o_d], "w", vector(tile)),
+                    T.access_ptr(source[T.Cast("int64", tokens[row]), i_h, column + o_d], "r", vector(tile)),
+                    vector(tile),
                     predicate=writes[row] > 0.0,
                 )
-        else:  # copies do not convert
+        else:  # copies do not convert: the two streams' gates differ
             for p in T.unroll(C * BK // threads):
                 row = p * PARTS + tx // BK
                 gate = T.Cast("float32", source[T.Cast("int64", tokens[row]), i_h, column + tx % BK])
@@ -106,7 +110,7 @@ def columns(T: Any, threads: int, C: int, BK: int) -> SimpleNamespace:
     @T.macro
     def take(b_x, own, b_total, tx):
         for i in T.unroll(ROWS):
-            own[i] = b_x[tx // BK * ROWS + i, tx % BK]
+            own[i] = T.Cast("float32", b_x[tx // BK * ROWS + i, tx % BK])
         b_total[tx // BK, tx % BK] = total(own)
 
     @T.macro
