@@ -15,7 +15,7 @@ from sse_tune.templates.stages import GRAPHS
 DEVICE = ARCHS["sm_90"]
 STREAM = ("q", "k", "g", "beta")
 # Relative Frobenius error, fp32 with exact products (kernels.md, section 6: 1e-5 and, of gates, 3e-5), others as there.
-TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 5e-3}
+TOLERANCE = {"fp32": 1e-5, "fp16": 1e-3, "bf16": 8e-3}
 LOOSER = {"g": 3, "beta": 3, "shared_g": 3, "shared_beta": 3, "router_logits": 3, "k": 1.5, "shared_k": 1.5}
 
 

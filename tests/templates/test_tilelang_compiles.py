@@ -37,7 +37,7 @@ NAMES = (
 GLA_NAMES = ("gla_decay_rows", "gla_states", "gla_output", "gla_states_backward", "gla_value_gradients")
 JOINT_NAMES = ("gla_states_output", "gla_states_value_gradients")
 # stack bytes of a thread, where a default spills
-MAX_SPILL_BYTES = {("gdn_prepare", "sm_90"): 24, ("gdn_prepare", "sm_100"): 40}
+MAX_SPILL_BYTES = {("gdn_prepare", "sm_100"): 48}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,8 +73,8 @@ OTHERS = [
     Case("gdn_scan", "sm_90", config=(("num_stages", 1),), states="store"),
     Case("gdn_gradients", "sm_90", RAGGED),
     Case("gdn_score_gradients", "sm_90", RAGGED),
-    Case("gdn_prepare", "sm_90", RAGGED, config=(("solve_block", 16),)),
-    *(Case("gdn_prepare", arch, config=(("products", "tf32x3"), ("solve_block", 16))) for arch in ("sm_80", "sm_90")),
+    Case("gdn_prepare", "sm_90", RAGGED, config=(("products", "fp32"),)),
+    *(Case("gdn_prepare", arch, config=(("products", "fp32"), ("solve_block", 32))) for arch in ("sm_80", "sm_90")),
     Case("gdn_state_gradient", "sm_90", config=(("num_warps", 8), ("num_stages", 1))),
     Case("gla_decay_rows", "sm_90", WIDE_GLA, (("num_warps", 8),)),
     Case("gla_decay_rows", "sm_80", RAGGED.replace(rule="gla")),

@@ -29,41 +29,41 @@ PROBLEM = Problem(
     num_sequences=3, norm="before",
 )  # fmt: skip
 LENGTHS = [0, 79, 71]
-BY_TENSOR_CORES = {"products": "tf32x3", "solve_block": 16}
+BY_FP32 = {"prepare": {"products": "fp32", "solve_block": 32}}
+TWO_HEADS = {"gradients": {"heads": 2}}
 
 
-def plan_of(problem, arch, prepare=None, **outer):
-    """The default with other choices: outer ones, and of GDN's `prepare`."""
+def plan_of(problem, arch, changes=None, **outer):
+    """The default with other choices: outer ones, and of stages."""
     device = ARCHS[arch]
     outer = registry.default_plan(problem, device, "tilelang").outer.replace(**outer)
     plan = registry.default_plan(problem, device, "tilelang", outer)
     assert all(plan.stages[name].backend == "tilelang" for name in plan.stages if name not in OF_TRITON)
-    if prepare is None:
-        return plan
-    choice = plan.stages["prepare"]
-    plan = plan.replace_stage("prepare", dataclasses.replace(choice, config=choice.config.replace(**prepare)))
+    for name, change in (changes or {}).items():
+        choice = plan.stages[name]
+        plan = plan.replace_stage(name, dataclasses.replace(choice, config=choice.config.replace(**change)))
     registry.validate_plan(plan, problem, device)
     return plan
 
 
 @pytest.mark.parametrize(
-    ("rule", "states", "arch", "prepare", "dtype", "gates"),
+    ("rule", "states", "arch", "changes", "dtype", "gates"),
     [
-        ("gdn", "recompute", "sm_80", None, "fp16", "fp32"),
-        ("gdn", "store", "sm_90", BY_TENSOR_CORES, "fp16", "fp32"),
+        ("gdn", "recompute", "sm_80", BY_FP32, "fp16", "fp32"),
+        ("gdn", "store", "sm_90", None, "fp16", "fp32"),
         ("gla", "store", "sm_80", None, "fp16", "fp16"),
         ("gla", "joint", "sm_80", None, "fp16", "fp32"),
-        ("gla", "joint", "sm_90", None, "bf16", "bf16"),
+        ("gla", "joint", "sm_90", TWO_HEADS, "bf16", "bf16"),
     ],
-    ids=str,
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
-def test_it_matches_the_reference(rule, states, arch, prepare, dtype, gates, poisoned_empty):
-    problem = PROBLEM.replace(rule=rule, dtype=dtype)
+def test_it_matches_the_reference(rule, states, arch, changes, dtype, gates, poisoned_empty):
+    problem = PROBLEM.replace(rule=rule, dtype=dtype, num_heads=2 if changes is TWO_HEADS else 1)
     # far gates of GLA are left to a Triton kernel, and its interpreter multiplies bf16 as integers
     inputs = make_inputs(problem, LENGTHS, initial=True, gate=0.25 if dtype == "bf16" else 1.0)
     inputs = dataclasses.replace(inputs, **{n: getattr(inputs, n).to(DTYPES[gates]) for n in ("g", "shared_g")})
     launcher = Launcher(Mode("late", "scattered"), arch=arch)
-    compare(problem, inputs, poisoned_empty, plan=plan_of(problem, arch, prepare, states=states), launcher=launcher)
+    compare(problem, inputs, poisoned_empty, plan=plan_of(problem, arch, changes, states=states), launcher=launcher)
 
 
 @pytest.mark.parametrize("mode", [Mode("late", "forward"), Mode("late", "scattered")], ids=str)
@@ -74,15 +74,15 @@ def test_inverses_by_tensor_cores_are_as_exact_as_fp32(mode, poisoned_empty):
     twos = torch.full_like(inputs.beta, 2.0)
     inputs = dataclasses.replace(inputs, k=k, shared_k=k, beta=twos, shared_beta=twos)
 
-    def inverse(prepare):
+    def inverse(changes):
         execution = Execution(
-            plan_of(PROBLEM, "sm_90", prepare), PROBLEM, inputs, scale=1.0, allocate=poisoned_empty,
+            plan_of(PROBLEM, "sm_90", changes), PROBLEM, inputs, scale=1.0, allocate=poisoned_empty,
             launcher=Launcher(mode), keep=True,
         )  # fmt: skip
         execution.forward()
         return execution.tensors["A"].double()
 
-    expected, actual = inverse(None), inverse(BY_TENSOR_CORES)
+    expected, actual = inverse(BY_FP32), inverse(None)
     assert torch.equal(actual.isnan(), expected.isnan()), "rows that nobody writes"
     assert expected.nan_to_num().abs().max() >= 1
     assert (actual - expected).nan_to_num().norm() <= 1e-4 * expected.nan_to_num().norm()

@@ -56,8 +56,8 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 
 SPACE = Space(
     params=(
-        Param("solve_block", (16, 32), 32, "rows of the diagonal blocks that forward substitution inverts"),
-        Param("products", ("fp32", "tf32x3"), "fp32", "what two inverses are made one by"),
+        Param("solve_block", (16, 32), 16, "rows of the diagonal blocks that forward substitution inverts"),
+        Param("products", ("fp32", "tf32x3"), "tf32x3", "what two inverses are made one by"),
         Param("num_warps", (4, 8), 4, "warps per block, four to a warpgroup"),
         Param("blocks_per_sm", (1, 2, 3, 4, 5), 5, "blocks that registers are kept for"),
     ),
