@@ -183,8 +183,8 @@ class Finals:
             left = self._compile(plan for plan in self._worth_trying(winner) if plan not in seen)
             while left and len(batch) < _NEIGHBOURS_AT_ONCE:
                 candidate = self._compiled(left)
-                if candidate is None:
-                    return winner, timings
+                if candidate is None:  # the budget is used: those admitted by now are compared all the same
+                    break
                 del left[candidate]
                 if candidate.plan not in seen:
                     seen.add(candidate.plan)

@@ -50,16 +50,17 @@ class Point:
 
     Args:
         strategy: whose point it is.
-        base: the default plan here.
+        base: the default plan here, or one that is known to run.
         until: the share of the budget at which tuning ends.
+        base_us: of a base that is known to run, which is not asked for.
     """
 
-    def __init__(self, strategy: Decomposed, base: Plan, until: float) -> None:
+    def __init__(self, strategy: Decomposed, base: Plan, until: float, base_us: float | None = None) -> None:
         self.strategy, self.base, self.until = strategy, base, until
-        self.best_us: float | None = None
-        self.closed = self.admitted = False
+        self.best_us = base_us
+        self.closed, self.admitted = False, base_us is not None
         self._tracks: list[Track] | None = None
-        self._next: Plan | None = base  # a whole plan to be asked for
+        self._next: Plan | None = None if self.admitted else base  # a whole plan to be asked for
         self._waiting: Plan | None = None  # one that was
         self._gains: list[tuple[float, str, StageChoice]] = []
         self._grown, self._growing, self._put = base, False, False

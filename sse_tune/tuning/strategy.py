@@ -140,7 +140,8 @@ class WholePlans(Strategy):
 class Decomposed(Strategy):
     """Outer points pruned by the roofline, the default and the most promising one before those that Optuna proposes; in
     each, stages tuned apart and put together. The first two, which share the contracts of most stages, are asked by
-    turns; the others one after the other.
+    turns; the others one after the other. Beside the default point the base of one is the fastest known plan that was
+    admitted there: the default plan may be far from it, or not be admitted.
 
     Args:
         landscape: what can be chosen.
@@ -156,6 +157,7 @@ class Decomposed(Strategy):
         self.stopped = False
         self.best_base_us: float | None = None
         self._to_compare = list(known_plans)
+        self._untold = set(known_plans)
         default, promising = landscape.base(None).outer, landscape.promising()
         self._outer = SpaceStudy(
             landscape.outer, landscape.problem, landscape.device, seed=settings.seed,
@@ -199,8 +201,10 @@ class Decomposed(Strategy):
         return None
 
     def tell(self, candidate: Candidate, time_us: float | None) -> None:
-        if candidate.kind == "plan" and time_us is not None:
-            self.plan_times[candidate.plan] = time_us
+        if candidate.kind == "plan":
+            self._untold.discard(candidate.plan)
+            if time_us is not None:
+                self.plan_times[candidate.plan] = time_us
         for point in (*self._points, *self._closing):
             if candidate.stage is None or candidate.base == point.base:
                 point.tell(candidate, time_us)
@@ -247,9 +251,10 @@ class Decomposed(Strategy):
         self._outer.tell(point.base.outer, point.best_us)
 
     def _refill(self) -> bool:
-        """Opens the next point, if none is open or it is one of the first, once that before it is known to run; whether
-        there was one."""
-        is_next = not self._points or (self._opened < self._together and all(p.admitted for p in self._points))
+        """Opens the next point, if none is open or it is one of the first, once that before it is known to run and so
+        are the known plans; whether there was one."""
+        is_beside = self._opened < self._together and not self._untold and all(p.admitted for p in self._points)
+        is_next = not self._points or is_beside
         point = self._open() if is_next and not self.stopped else None
         self._points += [] if point is None else [point]
         return point is not None
@@ -265,5 +270,10 @@ class Decomposed(Strategy):
                 self._begin = self.settings.used()
             self._opened += 1
             share = min(max(self._opened, self._together), self._count) / self._count
-            return Point(self, base, self._begin + (1 - self._begin) * share)
+            until = self._begin + (1 - self._begin) * share
+            admitted = [plan for plan in self.known_plans if plan.outer == outer and plan in self.plan_times]
+            if self._opened == 1 or not admitted:
+                return Point(self, base, until)
+            fastest = min(admitted, key=lambda plan: self.plan_times[plan])
+            return Point(self, fastest, until, self.plan_times[fastest])
         return None

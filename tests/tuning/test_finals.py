@@ -10,8 +10,9 @@ from sse_tune.database.store import TuningDatabase
 from sse_tune.device import Device, toolchain
 from sse_tune.errors import SearchError
 from sse_tune.plan import Plan
-from sse_tune.problem import Problem
+from sse_tune.problem import Bucket, Problem
 from sse_tune.templates.registry import default_plan
+from sse_tune.tuning import shared
 from sse_tune.tuning.ahead import Compiled
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.engine import Engine
@@ -150,6 +151,22 @@ def test_only_neighbours_that_seem_faster_are_admitted_like_other_plans(setting,
     tried = {(t.kind, config_of(Plan.from_dict(t.plan))["chunk_size"]) for t in engine.recorder.database.trials()}
     assert {("combination", 32), ("plan", 32), ("combination", 128)} <= tried
     assert ("plan", 128) not in tried
+
+
+def test_a_neighbour_admitted_when_the_budget_ends_is_still_compared(setting, default):
+    faster = varied(default, chunk_size=32)
+
+    class EndsTheBudget(ScriptedLanes):
+        def run(self, job):
+            if job.function.__name__ == "check_and_time" and job.arguments[0] == faster:
+                engine.recorder.budget_s = 0.0
+            return super().run(job)
+
+    engine = setting(EndsTheBudget(lambda plan: 90.0 if plan == faster else 100.0))
+    engine.recorder.add(Candidate("combination", faster), Attempt("ok", None, (90.0,) * 3))
+    verdict = decide(engine, default, [])
+    assert verdict.plan == faster
+    assert verdict.neighbours < len(list(neighbours(default, "whole", engine)))
 
 
 def test_neighbours_differ_in_one_step_of_one_parameter(setting, default):
@@ -303,7 +320,9 @@ def test_the_incumbent_is_the_fastest_answer_that_fits(small, cpu, default, tmp_
         assert incumbent(database, small, cpu) == kept
 
 
-def test_the_always_on_stream_alone_begins_with_what_is_fast_beside_partitions(tmp_path):
+def test_the_always_on_stream_alone_begins_with_what_is_fast_beside_partitions(tmp_path, monkeypatch):
+    shipped = [answer for answer in shared.shipped_answers() if Bucket.from_name(answer.bucket).num_partitions]
+    monkeypatch.setattr(shared, "shipped_answers", lambda: shipped)
     problem, hopper = Problem.preset("spikingbrain2-5b"), Device("cuda", "NVIDIA H200", "sm_90", 132, 227 * 1024)
     plain = problem.replace(num_partitions=0, top_k=0, read_k=0)
     with TuningDatabase(tmp_path / "tuning.db") as database:

@@ -337,3 +337,31 @@ def test_the_next_point_is_begun_while_a_plan_that_was_put_together_is_compiled(
     assert strategy.finished
     assert {candidate.plan.outer for candidate in rest} == {asked.plan.outer, base.plan.outer}
     assert all(candidate.stage is None for candidate in rest)
+
+
+def test_a_known_plan_that_was_admitted_is_the_base_of_its_point():
+    """The default plan there may not be admitted, or be far from it."""
+    landscape = Templates(PROBLEM, DEVICE, ("triton",))
+    outer = landscape.promising()
+    known = landscape.base(outer).replace_stage(*tuned_stage(landscape, outer))
+
+    def answer(candidate):
+        if candidate.kind == "plan" and candidate.plan.outer == outer and candidate.plan != known:
+            return None
+        return 500.0 if candidate.plan == known else 1000.0
+
+    settings = Settings(sampler="random", max_points=2, max_stage_trials=2)
+    strategy = Decomposed(landscape, settings, [known])
+    asked = drive(strategy, answer)
+    there = [candidate for candidate in asked if candidate.plan.outer == outer]
+    assert there[0] == Candidate("plan", known) and there.count(there[0]) == 1, "it is not asked for again"
+    assert {candidate.base for candidate in there if candidate.stage is not None} == {known}
+    assert strategy.best_base_us == 1000.0, "what is tuned says nothing of how far a default may be behind"
+
+
+def tuned_stage(landscape, outer):
+    """Another config than the default of some stage."""
+    slot = landscape.slots("scan")[0]
+    default = slot.space.default(landscape.problem, landscape.device, outer)
+    configs = slot.space.configs(landscape.problem, landscape.device, outer)
+    return "scan", slot.choice(next(config for config in configs if config != default))

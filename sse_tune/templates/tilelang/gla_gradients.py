@@ -7,9 +7,8 @@ log-gates, r its value in the middle row, E = e^(b - r), Zq = E q̂, Zk = k̂ / 
     Xq = E Yq            Xk = Yk / E                  db = Zq Yq - Zk Yk
     dg_i = Σ_(t >= i) db_t + Σ_j Zk e^(b_C - r) (V dhᵀ) + e^(b_C) <h, dh>
 
-A block keeps dO, V and dA and goes along the slices of K, for one head of its chunk after another; h and dh of the next
-slice, and dO and V of the next head, are copied while this one is finished. Sums along the rows of a chunk are taken by
-columns: THREADS / BK threads have a part of one each, in fp32.
+A block keeps dO, V and dA and goes along the slices of K; h and dh of the next slice are copied while this one is
+finished. Sums along the rows of a chunk are taken by columns: THREADS / BK threads have a part of one each, in fp32.
 
 Slices whose gates are not near are flagged and left to Triton's kernel for them, a second launch; sums over all of K,
 which the norm and the router's gradient need, are finished by a third where there is more than one slice.
@@ -52,7 +51,6 @@ SPACE = Space(
     params=(
         Param("num_warps", (4, 8), 8, "warps per block, four to a warpgroup"),
         Param("blocks_per_sm", (1, 2), 2, "blocks that registers are kept for"),
-        Param("heads", (1, 2, 4), 1, "heads of a chunk that a block goes through, fetching the next ahead"),
     ),
     constraints=(
         *common.OPERANDS,
@@ -60,7 +58,6 @@ SPACE = Space(
         Constraint("V must be a multiple of 64", lambda p, c, d: p.value_dim % 64 == 0),
         # Yq and Yk are held at once, with the rows of q and k beside them
         Constraint("chunk_size must be 64", lambda p, c, d: c["chunk_size"] == 64),
-        Constraint("heads must divide H", lambda p, c, d: p.num_heads % c["heads"] == 0),
         # a multiprocessor has a KiB more than a block can ask for, and each block takes one beside what it asks for
         Constraint("the blocks of a multiprocessor have shared memory for their tiles",
                    lambda p, c, d: c["blocks_per_sm"] * (smem_bytes(p, c) + 1024) <= d.smem_per_block_bytes + 1024),
@@ -69,9 +66,9 @@ SPACE = Space(
 
 
 def factory(
-    H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BLOCKS: int, HEADS: int, PARTITIONS: int,
-    HAS_SHARED: bool, HAS_INITIAL: bool, HAS_FINAL: bool, WRITERS: int, READERS: int, NORM: str, G_DTYPE: str,
-    SHARED_G_DTYPE: str, DG_ROWS_DTYPE: str, CAPABILITY: int,
+    H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BLOCKS: int, PARTITIONS: int, HAS_SHARED: bool,
+    HAS_INITIAL: bool, HAS_FINAL: bool, WRITERS: int, READERS: int, NORM: str, G_DTYPE: str, SHARED_G_DTYPE: str,
+    DG_ROWS_DTYPE: str, CAPABILITY: int,
 ) -> Any:  # fmt: skip
     import tilelang.language as T
     from tilelang.layout import make_swizzled_layout
@@ -127,8 +124,8 @@ def factory(
         with T.Kernel(n_blocks, threads=THREADS) as block:
             T.annotate_min_blocks_per_sm(BLOCKS)
             tx = T.get_thread_binding()
-            first_head = block % (H // HEADS) * HEADS
-            i_c = block // (H // HEADS)
+            i_h = block % H
+            i_c = block // H
             b_do = T.alloc_shared((C, V), DTYPE)
             b_v = T.alloc_shared((C, V), DTYPE)
             b_h = T.alloc_shared((BK, V), DTYPE)
@@ -189,188 +186,178 @@ def factory(
                 slot = perm[T.Cast("int64", first + T.min(tx, n_rows - 1))]
                 lane = slot - T.truncdiv(slot, L) * L
                 if tx < C:
+                    row = T.Cast("int64", first + T.min(tx, n_rows - 1))
                     b_token[tx] = T.truncdiv(slot, L)
                     b_writes[tx] = T.if_then_else((tx < n_rows) and (lane < WRITERS), 1.0, 0.0)
+                    b_a[tx] = T.if_then_else(tx < n_rows, k_scale[i_h, row], 0.0)
+                    b_c[tx] = T.if_then_else(tx < n_rows, q_scale[i_h, row], 0.0)
                 T.sync_threads()
-                tiles.fetch_rows(do, b_do, b_token, first_head, 0, tx, V)
-                tiles.fetch_rows(v, b_v, b_token, first_head, 0, tx, V)
+                tiles.fetch_rows(do, b_do, b_token, i_h, 0, tx, V)
+                tiles.fetch_rows(v, b_v, b_token, i_h, 0, tx, V)
                 T.ptx_commit_group()
-                tiles.fetch_slice(
-                    i_seg < n_shared, q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_gates, b_token, b_writes,
-                    first_head, 0, tx,
-                )  # fmt: skip
-                tiles.fetch_scales(k_scale, b_a, first, n_rows, first_head, tx)
-                tiles.fetch_scales(q_scale, b_c, first, n_rows, first_head, tx)
+                if i_seg < n_shared:
+                    tiles.fetch_slice(shared_q, shared_k, shared_g, b_q, b_k, b_gates, b_token, b_writes, i_h, 0, tx)
+                else:
+                    tiles.fetch_slice(q, k, g, b_q, b_k, b_gates, b_token, b_writes, i_h, 0, tx)
                 T.ptx_commit_group()
-                tiles.fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, first_head, 0, tx)
-                tiles.fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, first_head, 0, tx)
+                tiles.fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, 0, tx)
+                tiles.fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, 0, tx)
                 T.ptx_commit_group()
 
-                for i_in in T.serial(HEADS):
-                    i_h = first_head + i_in
-                    io.arrive(2)
-                    T.gemm(b_do, b_v, b_scores, transpose_B=True, clear_accum=True, policy=by_rows)
-                    for i, j in T.Parallel(C, C):
-                        b_scores[i, j] = T.if_then_else(i >= j, b_scores[i, j], 0.0)
-                    T.copy(b_scores, b_dA)
-                    if not IS_EXACT:
-                        terms.second_half(b_scores, b_dA_low, C)
+                io.arrive(2)
+                T.gemm(b_do, b_v, b_scores, transpose_B=True, clear_accum=True, policy=by_rows)
+                for i, j in T.Parallel(C, C):
+                    b_scores[i, j] = T.if_then_else(i >= j, b_scores[i, j], 0.0)
+                T.copy(b_scores, b_dA)
+                if not IS_EXACT:
+                    terms.second_half(b_scores, b_dA_low, C)
+                io.fence()
+                io.arrive(1)
+
+                for s in T.serial(NK):
+                    columns.take(b_gates, own, b_total, tx)
+                    T.sync_threads()
+                    columns.decays(b_x, own, b_total, run, tx)
+                    is_far = T.if_then_else(run[0] >= -NEAR_NATS, 0, 1)
+                    if tx < BK:
+                        b_first[tx] = T.exp(columns.half(b_total, 0, tx))
+                        b_second[tx] = T.exp(columns.half(b_total, 1, tx))
+                    T.ptx_wait_group(0)  # h and dh
                     io.fence()
-                    io.arrive(1)
+                    is_far = T.syncthreads_or(is_far)
+                    if tx == 0:
+                        far[T.Cast("int64", block) * NK + s] = is_far
 
-                    for s in T.serial(NK):
-                        columns.take(b_gates, own, b_total, tx)
-                        T.sync_threads()
-                        columns.decays(b_x, own, b_total, run, tx)
-                        is_far = T.if_then_else(run[0] >= -NEAR_NATS, 0, 1)
-                        if tx < BK:
-                            b_first[tx] = T.exp(columns.half(b_total, 0, tx))
-                            b_second[tx] = T.exp(columns.half(b_total, 1, tx))
-                        T.ptx_wait_group(0)  # h and dh
-                        io.fence()
-                        is_far = T.syncthreads_or(is_far)
-                        if tx == 0:
-                            far[(T.Cast("int64", i_c) * H + i_h) * NK + s] = is_far
-
-                        mma.start(b_h, b_dh, b_hdh, transpose_B=True, clear_accum=True, policy=by_rows)
+                    mma.start(b_h, b_dh, b_hdh, transpose_B=True, clear_accum=True, policy=by_rows)
+                    for i, j in T.Parallel(C, BK):
+                        b_e[i, j] = b_x[i, j]
+                    if IS_EXACT:
                         for i, j in T.Parallel(C, BK):
-                            b_e[i, j] = b_x[i, j]
-                        if IS_EXACT:
+                            b_q_rows[i, j] = b_q[i, j]
+                        for i, j in T.Parallel(C, BK):
+                            b_k_rows[i, j] = b_k[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_yq[i, j] = b_e[i, j] * (b_q_rows[i, j] * b_c[i])
+                    for i, j in T.Parallel(C, BK):
+                        b_yk[i, j] = T.fast_rcp(b_e[i, j]) * (b_k_rows[i, j] * b_a[i])
+                    T.copy(b_yq, b_zq)
+                    T.copy(b_yk, b_zk)
+                    if not IS_EXACT:
+                        terms.second_half(b_yq, b_zq_low, BK)
+                        terms.second_half(b_yk, b_zk_low, BK)
+                    io.fence()
+                    mma.start(b_do, b_h, b_yq, transpose_B=True, clear_accum=True, policy=by_rows)
+                    mma.start(b_v, b_dh, b_yk, transpose_B=True, clear_accum=True, policy=by_rows)
+                    mma.finish(0)
+                    mma.settle(b_hdh, BK, BK)
+                    mma.settle(b_yq, C, BK)
+                    mma.settle(b_yk, C, BK)
+                    for i, j in T.Parallel(BK, BK):
+                        if i == j:
+                            b_through[i] = b_hdh[i, j]
+                    T.sync_threads()
+                    if s + 1 < NK:
+                        tiles.fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, i_h, s + 1, tx)
+                        tiles.fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, i_h, s + 1, tx)
+                    T.ptx_commit_group()
+                    terms.scale_columns(b_yq, b_first, b_terms)
+                    terms.scale_columns(b_yk, b_second, b_terms)
+                    terms.take_z(b_zk, b_zk_low, b_z)
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_z[i, j] * b_yk[i, j]
+                    T.reduce_sum(T.reshape(b_terms, (4, C // 4, BK)), b_quarters, dim=1)
+                    T.copy(b_quarters, b_state)
+                    mma.start(b_dA, b_zk, b_yq, policy=by_rows)
+                    mma.start(b_dA, b_zq, b_yk, transpose_A=True, policy=by_rows)
+                    if not IS_EXACT:
+                        mma.start(b_dA, b_zk_low, b_yq, policy=by_rows)
+                        mma.start(b_dA_low, b_zk, b_yq, policy=by_rows)
+                        mma.start(b_dA, b_zq_low, b_yk, transpose_A=True, policy=by_rows)
+                        mma.start(b_dA_low, b_zq, b_yk, transpose_A=True, policy=by_rows)
+                    mma.finish(0)
+                    mma.settle(b_yq, C, BK)
+                    mma.settle(b_yk, C, BK)
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_z[i, j] * b_yk[i, j]
+                    terms.take_z(b_zq, b_zq_low, b_z)
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_z[i, j] * b_yq[i, j] - b_terms[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_x[i, j] = b_terms[i, j]
+                    T.sync_threads()
+                    for i, j in T.Parallel(C, BK):
+                        b_yq[i, j] *= b_e[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_yk[i, j] *= T.fast_rcp(b_e[i, j])
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_yq[i, j] * b_q_rows[i, j]
+                    terms.row_sums(b_terms, b_sums, b_qx)
+                    for i, j in T.Parallel(C, BK):
+                        b_terms[i, j] = b_yk[i, j] * b_k_rows[i, j]
+                    terms.row_sums(b_terms, b_sums, b_kx)
+                    if NK == 1:
+                        if NORM != "none":
                             for i, j in T.Parallel(C, BK):
-                                b_q_rows[i, j] = b_q[i, j]
+                                b_terms[i, j] = T.Cast("float32", b_q_rows[i, j]) * b_q_rows[i, j]
+                            terms.row_sums(b_terms, b_sums, b_qq)
                             for i, j in T.Parallel(C, BK):
-                                b_k_rows[i, j] = b_k[i, j]
-                        for i, j in T.Parallel(C, BK):
-                            b_yq[i, j] = b_e[i, j] * (b_q_rows[i, j] * b_c[i])
-                        for i, j in T.Parallel(C, BK):
-                            b_yk[i, j] = T.fast_rcp(b_e[i, j]) * (b_k_rows[i, j] * b_a[i])
-                        T.copy(b_yq, b_zq)
-                        T.copy(b_yk, b_zk)
-                        if not IS_EXACT:
-                            terms.second_half(b_yq, b_zq_low, BK)
-                            terms.second_half(b_yk, b_zk_low, BK)
-                        mma.finish(0)
-                        mma.settle(b_hdh, BK, BK)
-                        for i, j in T.Parallel(BK, BK):
-                            if i == j:
-                                b_through[i] = b_hdh[i, j]
-                        io.fence()
-                        mma.start(b_do, b_h, b_yq, transpose_B=True, clear_accum=True, policy=by_rows)
-                        mma.start(b_v, b_dh, b_yk, transpose_B=True, clear_accum=True, policy=by_rows)
-                        mma.finish(0)
-                        mma.settle(b_yq, C, BK)
-                        mma.settle(b_yk, C, BK)
+                                b_terms[i, j] = T.Cast("float32", b_k_rows[i, j]) * b_k_rows[i, j]
+                            terms.row_sums(b_terms, b_sums, b_kk)
                         T.sync_threads()
-                        is_last = s + 1 == NK  # of this head
-                        h_next = T.if_then_else(is_last, i_h + 1, i_h)
-                        s_next = T.if_then_else(is_last, 0, s + 1)
-                        goes_on = h_next < first_head + HEADS
-                        if goes_on:
-                            tiles.fetch_state(h, initial_state, HAS_INITIAL, b_h, i_before, i_state, h_next, s_next, tx)
-                            tiles.fetch_state(dh, d_final_state, HAS_FINAL, b_dh, i_after, i_state, h_next, s_next, tx)
-                            if is_last:
-                                tiles.fetch_rows(do, b_do, b_token, h_next, 0, tx, V)
-                                tiles.fetch_rows(v, b_v, b_token, h_next, 0, tx, V)
-                        T.ptx_commit_group()
-                        terms.scale_columns(b_yq, b_first, b_terms)
-                        terms.scale_columns(b_yk, b_second, b_terms)
-                        terms.take_z(b_zk, b_zk_low, b_z)
-                        for i, j in T.Parallel(C, BK):
-                            b_terms[i, j] = b_z[i, j] * b_yk[i, j]
-                        T.reduce_sum(T.reshape(b_terms, (4, C // 4, BK)), b_quarters, dim=1)
-                        T.copy(b_quarters, b_state)
-                        mma.start(b_dA, b_zk, b_yq, policy=by_rows)
-                        mma.start(b_dA, b_zq, b_yk, transpose_A=True, policy=by_rows)
-                        if not IS_EXACT:
-                            mma.start(b_dA, b_zk_low, b_yq, policy=by_rows)
-                            mma.start(b_dA_low, b_zk, b_yq, policy=by_rows)
-                            mma.start(b_dA, b_zq_low, b_yk, transpose_A=True, policy=by_rows)
-                            mma.start(b_dA_low, b_zq, b_yk, transpose_A=True, policy=by_rows)
-                        mma.finish(0)
-                        mma.settle(b_yq, C, BK)
-                        mma.settle(b_yk, C, BK)
-                        for i, j in T.Parallel(C, BK):
-                            b_terms[i, j] = b_z[i, j] * b_yk[i, j]
-                        terms.take_z(b_zq, b_zq_low, b_z)
-                        for i, j in T.Parallel(C, BK):
-                            b_terms[i, j] = b_z[i, j] * b_yq[i, j] - b_terms[i, j]
-                        for i, j in T.Parallel(C, BK):
-                            b_x[i, j] = b_terms[i, j]
+                        if tx < n_rows:
+                            weight = weights[T.Cast("int64", slot)]
+                            b_q_part[tx] = terms.norm_part(b_qx, b_qq, tx, weight)
+                            b_k_part[tx] = terms.norm_part(b_kx, b_kk, tx, weight)
+                            if i_seg >= n_shared:
+                                by_q = scale * terms.weight_gradient(b_qx, b_qq, tx, weight)
+                                by_k = terms.weight_gradient(b_kx, b_kk, tx, weight)
+                                de_rows[i_h, T.Cast("int64", first + tx) - n_shared_rows] = T.if_then_else(
+                                    lane < READERS, by_q, 0.0
+                                ) + T.if_then_else(lane < WRITERS, by_k, 0.0)
                         T.sync_threads()
-                        for i, j in T.Parallel(C, BK):
-                            b_yq[i, j] *= b_e[i, j]
-                        for i, j in T.Parallel(C, BK):
-                            b_yk[i, j] *= T.fast_rcp(b_e[i, j])
-                        for i, j in T.Parallel(C, BK):
-                            b_terms[i, j] = b_yq[i, j] * b_q_rows[i, j]
-                        terms.row_sums(b_terms, b_sums, b_qx)
-                        for i, j in T.Parallel(C, BK):
-                            b_terms[i, j] = b_yk[i, j] * b_k_rows[i, j]
-                        terms.row_sums(b_terms, b_sums, b_kx)
-                        if NK == 1:
-                            if NORM != "none":
-                                for i, j in T.Parallel(C, BK):
-                                    b_terms[i, j] = T.Cast("float32", b_q_rows[i, j]) * b_q_rows[i, j]
-                                terms.row_sums(b_terms, b_sums, b_qq)
-                                for i, j in T.Parallel(C, BK):
-                                    b_terms[i, j] = T.Cast("float32", b_k_rows[i, j]) * b_k_rows[i, j]
-                                terms.row_sums(b_terms, b_sums, b_kk)
-                            T.sync_threads()
-                            if tx < n_rows:
-                                weight = weights[T.Cast("int64", slot)]
-                                b_q_part[tx] = terms.norm_part(b_qx, b_qq, tx, weight)
-                                b_k_part[tx] = terms.norm_part(b_kx, b_kk, tx, weight)
-                                if i_seg >= n_shared:
-                                    by_q = scale * terms.weight_gradient(b_qx, b_qq, tx, weight)
-                                    by_k = terms.weight_gradient(b_kx, b_kk, tx, weight)
-                                    de_rows[i_h, T.Cast("int64", first + tx) - n_shared_rows] = T.if_then_else(
-                                        lane < READERS, by_q, 0.0
-                                    ) + T.if_then_else(lane < WRITERS, by_k, 0.0)
-                            T.sync_threads()
-                            if NORM != "none":
-                                for i, j in T.Parallel(C, BK):
-                                    b_yq[i, j] -= b_q_part[i] * b_q_rows[i, j]
-                                for i, j in T.Parallel(C, BK):
-                                    b_yk[i, j] -= b_k_part[i] * b_k_rows[i, j]
-                        for i, j in T.Parallel(C, BK):
-                            b_q[i, j] = b_c[i] * b_yq[i, j]
-                        for i, j in T.Parallel(C, BK):
-                            b_k[i, j] = b_a[i] * b_yk[i, j]
-                        T.sync_threads()
+                        if NORM != "none":
+                            for i, j in T.Parallel(C, BK):
+                                b_yq[i, j] -= b_q_part[i] * b_q_rows[i, j]
+                            for i, j in T.Parallel(C, BK):
+                                b_yk[i, j] -= b_k_part[i] * b_k_rows[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_q[i, j] = b_c[i] * b_yq[i, j]
+                    for i, j in T.Parallel(C, BK):
+                        b_k[i, j] = b_a[i] * b_yk[i, j]
+                    T.sync_threads()
 
+                    if i_seg < n_shared:
+                        if HAS_SHARED:
+                            io.store_rows(b_q, d_shared_q, first, n_rows, i_h, s * BK, tx, C, BK)
+                            io.store_rows(b_k, d_shared_k, first, n_rows, i_h, s * BK, tx, C, BK)
+                    else:
+                        io.store_rows(b_q, dq_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
+                        io.store_rows(b_k, dk_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
+                    columns.take(b_x, own, b_total, tx)
+                    if NK > 1:
+                        if tx < n_rows:
+                            sums[0, s, i_h, T.Cast("int64", first + tx)] = terms.in_all(b_qx, tx)
+                            sums[1, s, i_h, T.Cast("int64", first + tx)] = terms.in_all(b_kx, tx)
+                    T.sync_threads()
+                    run[0] = b_through[tx % BK] * b_first[tx % BK] * b_second[tx % BK]
+                    for p in T.unroll(4):
+                        run[0] += b_state[p, tx % BK]
+                    columns.sums_from(own, b_total, run, b_writes, WRITERS < L, tx)
+                    if i_seg < n_shared:
+                        if HAS_SHARED:
+                            tiles.store_gates(d_shared_g, own, first, n_rows, i_h, s * BK, tx)
+                    else:
+                        tiles.store_gates(dg_rows, own, first - n_shared_rows, n_rows, i_h, s * BK, tx)
+                    T.sync_threads()
+                    if s + 1 < NK:
                         if i_seg < n_shared:
-                            if HAS_SHARED:
-                                io.store_rows(b_q, d_shared_q, first, n_rows, i_h, s * BK, tx, C, BK)
-                                io.store_rows(b_k, d_shared_k, first, n_rows, i_h, s * BK, tx, C, BK)
-                        else:
-                            io.store_rows(b_q, dq_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
-                            io.store_rows(b_k, dk_rows, first - n_shared_rows, n_rows, i_h, s * BK, tx, C, BK)
-                        columns.take(b_x, own, b_total, tx)
-                        if NK > 1:
-                            if tx < n_rows:
-                                sums[0, s, i_h, T.Cast("int64", first + tx)] = terms.in_all(b_qx, tx)
-                                sums[1, s, i_h, T.Cast("int64", first + tx)] = terms.in_all(b_kx, tx)
-                        T.sync_threads()
-                        run[0] = b_through[tx % BK] * b_first[tx % BK] * b_second[tx % BK]
-                        for p in T.unroll(4):
-                            run[0] += b_state[p, tx % BK]
-                        columns.sums_from(own, b_total, run, b_writes, WRITERS < L, tx)
-                        if i_seg < n_shared:
-                            if HAS_SHARED:
-                                tiles.store_gates(d_shared_g, own, first, n_rows, i_h, s * BK, tx)
-                        else:
-                            tiles.store_gates(dg_rows, own, first - n_shared_rows, n_rows, i_h, s * BK, tx)
-                        T.sync_threads()
-                        if goes_on:
                             tiles.fetch_slice(
-                                i_seg < n_shared, q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_gates, b_token,
-                                b_writes, h_next, s_next, tx,
-                            )  # fmt: skip
-                            if is_last:
-                                tiles.fetch_scales(k_scale, b_a, first, n_rows, h_next, tx)
-                                tiles.fetch_scales(q_scale, b_c, first, n_rows, h_next, tx)
-                        T.ptx_commit_group()
-                        io.arrive(0)
+                                shared_q, shared_k, shared_g, b_q, b_k, b_gates, b_token, b_writes, i_h, s + 1, tx
+                            )
+                        else:
+                            tiles.fetch_slice(q, k, g, b_q, b_k, b_gates, b_token, b_writes, i_h, s + 1, tx)
+                    T.ptx_commit_group()
+                    io.arrive(0)
 
     return gla_gradients
 
@@ -399,8 +386,7 @@ def launch_near(call: Call, tensors: "Mapping[str, torch.Tensor]", far: "torch.T
         for name in ("g", "shared_g", "dg_rows")
     }
     values = common.constants(
-        call, BLOCKS=int(call.config["blocks_per_sm"]), HEADS=int(call.config["heads"]),
-        PARTITIONS=problem.partitions, HAS_SHARED=problem.shared,
+        call, BLOCKS=int(call.config["blocks_per_sm"]), PARTITIONS=problem.partitions, HAS_SHARED=problem.shared,
         HAS_INITIAL="initial_state" in tensors, HAS_FINAL="d_final_state" in tensors,
         WRITERS=int(problem.shared) + problem.top_k, READERS=int(problem.shared) + problem.readers, NORM=problem.norm,
         **dtypes,
@@ -410,7 +396,7 @@ def launch_near(call: Call, tensors: "Mapping[str, torch.Tensor]", far: "torch.T
         "de_rows", *(f"d_shared_{name}" for name in ("q", "k", "g") if problem.shared),
         *(name for name in ("initial_state", "d_final_state") if name in tensors),
     )  # fmt: skip
-    blocks = sizes.chunks * problem.num_heads // int(call.config["heads"])
+    blocks = sizes.chunks * problem.num_heads
     arguments = {**common.streams(tensors, "q", "k", "g"), **common.row_arguments(call, tensors, *names)}
     arguments |= dict(
         far=far, sums=sums, scale=call.scale, n_shared_rows=sizes.shared_rows, n_blocks=blocks, N=sizes.chunks,

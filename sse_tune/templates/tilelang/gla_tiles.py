@@ -79,26 +79,10 @@ def copies(T: Any, io: SimpleNamespace, threads: int, C: int, BK: int, V: int) -
                         tile[row, o_v + e] = 0.0
 
     @T.macro
-    def fetch_slice(
-        is_shared, q, k, g, shared_q, shared_k, shared_g, b_q, b_k, b_g, tokens, writes, i_h, i_k, tx
-    ):  # fmt: skip
-        if is_shared:
-            fetch_gates(shared_g, b_g, tokens, writes, i_h, i_k * BK, tx)
-            fetch_rows(shared_q, b_q, tokens, i_h, i_k * BK, tx, BK)
-            fetch_rows(shared_k, b_k, tokens, i_h, i_k * BK, tx, BK)
-        else:
-            fetch_gates(g, b_g, tokens, writes, i_h, i_k * BK, tx)
-            fetch_rows(q, b_q, tokens, i_h, i_k * BK, tx, BK)
-            fetch_rows(k, b_k, tokens, i_h, i_k * BK, tx, BK)
-
-    @T.macro
-    def fetch_scales(source, scales, first, n_rows, i_h, tx):
-        """What multiplies the rows of k or q; 0 past the end."""
-        if tx < C:
-            row = T.Cast("int64", first + T.min(tx, n_rows - 1))
-            T.ptx_cp_async(
-                T.access_ptr(scales[tx], "w", 1), T.access_ptr(source[i_h, row], "r", 1), 1, predicate=tx < n_rows
-            )
+    def fetch_slice(q, k, g, b_q, b_k, b_g, tokens, writes, i_h, i_k, tx):
+        fetch_gates(g, b_g, tokens, writes, i_h, i_k * BK, tx)
+        fetch_rows(q, b_q, tokens, i_h, i_k * BK, tx, BK)
+        fetch_rows(k, b_k, tokens, i_h, i_k * BK, tx, BK)
 
     @T.macro
     def store_gates(target, own, first, n_left, i_h, column, tx):
@@ -108,9 +92,8 @@ def copies(T: Any, io: SimpleNamespace, threads: int, C: int, BK: int, V: int) -
                 target[T.Cast("int64", first + tx // BK * ROWS + i), i_h, column + tx % BK] = own[i]
 
     return SimpleNamespace(
-        fetch_rows=fetch_rows, fetch_slice=fetch_slice, fetch_scales=fetch_scales, fetch_state=fetch_state,
-        store_gates=store_gates,
-    )  # fmt: skip
+        fetch_rows=fetch_rows, fetch_slice=fetch_slice, fetch_state=fetch_state, store_gates=store_gates
+    )
 
 
 def columns(T: Any, threads: int, C: int, BK: int) -> SimpleNamespace:
