@@ -80,12 +80,14 @@ def bench(
     if peers:
         require_peers(here)
     if here.kind == "cuda":
+        _tell("compiling this project's plans")
         compile_plans((one for problem in problems for one in plans_of(problem, here, db, groups)), here)
         if peers:
             _compile_peers(problems, here)
     ceilings = measure_ceilings(here, problems[0].dtype)  # the problems differ in T and N only
     found = []
     for problem, skewed in zip(problems, shares):
+        _tell(f"measuring {_title(problem)}")
         found.append(
             bench_plans(
                 problem, here, db, limit, peers=peers, ceilings=ceilings, stages=stages, occupancy=skewed,
@@ -104,9 +106,20 @@ def _compile_peers(problems: list[Problem], device: Device) -> None:
     from sse_tune.bench.peers import checked_problem
 
     for problem in dict.fromkeys(map(checked_problem, problems)):
+        _tell("compiling what the peers run and their tuning tries: minutes, the first time")
         failed = sum(code != 0 for code in compile_peers(problem, device))
         if failed:
-            typer.echo(f"{failed} processes that compile for peers failed: the peers' tuning takes longer", err=True)
+            _tell(f"{failed} processes that compile for peers failed: the peers' tuning takes longer")
+
+
+def _tell(what: str) -> None:
+    """To people who wait; stdout is for what was measured."""
+    typer.echo(what, err=True)
+
+
+def _title(problem: Problem) -> str:
+    title = f"{problem.bucket.name}, {problem.batch} x {problem.seq_len} tokens"
+    return title if problem.num_sequences is None else f"{title} in {problem.num_sequences} sequences"
 
 
 def _problems(choice: ProblemChoice, kind: str, counts: str | None) -> list[Problem]:
@@ -164,9 +177,7 @@ def _print(own: Bench, kind: str, stages: bool) -> None:
     from rich.table import Table
 
     problem, ceilings = own.problem, own.floor.ceilings
-    title = f"{problem.bucket.name}, {problem.batch} x {problem.seq_len} tokens"
-    if problem.num_sequences is not None:
-        title += f" in {problem.num_sequences} sequences"
+    title = _title(problem)
     if own.occupancy is not None:
         title += f"; skewed: first choices at {'/'.join(f'{100 * share:.3g}' for share in own.occupancy)} %"
     table = Table(title=title, title_justify="left", caption=_CLOCK[kind])

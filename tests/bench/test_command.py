@@ -101,6 +101,9 @@ def test_several_partition_counts_are_several_problems(tmp_path):
     found = run(*tiny, "--seq-len", 16, "--partition-counts", "1, 3", "--db", tmp_path / "none.db", "--json")
     assert found.exit_code == 0, found.output
     benches = json.loads(found.stdout)["benches"]
+    assert [line for line in found.stderr.splitlines() if line.startswith("measuring ")] == [
+        f"measuring {one['bucket']}, 1 x {one['problem']['seq_len']} tokens" for one in benches
+    ], "people who wait are told for what"
     assert [bench["problem"]["num_partitions"] for bench in benches] == [1, 3]
 
 
