@@ -138,10 +138,10 @@ class WholePlans(Strategy):
 
 
 class Decomposed(Strategy):
-    """Outer points pruned by the roofline, the default and the most promising one before those that Optuna proposes; in
-    each, stages tuned apart and put together. The first two, which share the contracts of most stages, are asked by
-    turns; the others one after the other. Beside the default point the base of one is the fastest known plan that was
-    admitted there: the default plan may be far from it, or not be admitted.
+    """Outer points pruned by the roofline: the default, those of known plans and the most promising one before those
+    that Optuna proposes; in each, stages tuned apart and put together. The first two, which share the contracts of most
+    stages, are asked by turns; the others one after the other. Beside the default point the base of one is the fastest
+    known plan that was admitted there: the default plan may be far from it, or not be admitted.
 
     Args:
         landscape: what can be chosen.
@@ -159,12 +159,13 @@ class Decomposed(Strategy):
         self._to_compare = list(known_plans)
         self._untold = set(known_plans)
         default, promising = landscape.base(None).outer, landscape.promising()
+        # what was measured elsewhere says more than what is predicted
+        first = dict.fromkeys((default, *(plan.outer for plan in known_plans), *([promising] if promising else [])))
         self._outer = SpaceStudy(
-            landscape.outer, landscape.problem, landscape.device, seed=settings.seed,
-            first=[default, *([promising] if promising else []), *(plan.outer for plan in known_plans)],
+            landscape.outer, landscape.problem, landscape.device, seed=settings.seed, first=first
         )  # fmt: skip
         self._outer.enqueue(default)
-        self._together = 2 if promising else 1
+        self._together = min(2, sum(outer in self._outer.configs for outer in first))
         self._count = min(max(settings.max_points, self._together), len(self._outer.configs))
         self._opened = 0
         self._begin: float | None = None
