@@ -26,6 +26,7 @@ from sse_tune.errors import (
     ProblemError,
     SearchError,
 )
+from sse_tune.tuning import finals
 from sse_tune.tuning.sweep_file import read_sweep
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -350,20 +351,21 @@ def test_devices():
     assert devices("cuda:0, cuda:1") == ("cuda:0", "cuda:1")
 
 
-def test_a_workload_is_searched_as_one(tmp_path):
+def test_a_workload_is_searched_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(finals, "_COMPARISON_S", (0.5, 1.0))  # who wins is not the question here
     file, path = tmp_path / "mix.json", tmp_path / "tuning.db"
     entries = [{"weight": 3, "seq_len": 32}, {"weight": 1, "lengths": [9, 100, 19], "occupancy": [90, 10]}]
     file.write_text(json.dumps({"format": 1, "entries": entries}))
     where = TINY.index("--seq-len")
     tiny = [*TINY[:where], *TINY[where + 2 :], "--workload", file, "--db", path, "--budget", "60s", "--trials", 1]
-    done = process("search", *tiny)
-    assert done.returncode == 0, done.stderr
+    done = run("search", *tiny)
+    assert done.exit_code == 0, done.stderr
     shown = " ".join(done.stdout.split())
     for words in ("and 1 more, expected time", "75 %: B=1 T=32", "25 %: T=128 in 3 sequences of 9 to 100"):
         assert words in shown
     with TuningDatabase(path) as database:
         assert {answer.problem["num_sequences"] for answer in database.answers()} == {None, 3}
-    again = json.loads(process("search", *tiny, "--resume", "--json").stdout)
+    again = json.loads(run("search", *tiny, "--resume", "--json").stdout)
     (report,) = again["reports"]
     assert [entry["share"] for entry in report["entries"]] == [0.75, 0.25]
     assert report["outcomes"] == {"ok": 2}, "the first search's trial counts"

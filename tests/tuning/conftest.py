@@ -8,6 +8,13 @@ import torch
 
 from sse_tune.device import Device
 from sse_tune.problem import Problem
+from sse_tune.tuning import finals
+
+
+@pytest.fixture(autouse=True)
+def short_comparisons(monkeypatch):
+    """A CPU's times are not known to half a percent within the 15 s that a search allows: each would take them all."""
+    monkeypatch.setattr(finals, "_COMPARISON_S", (0.5, 1.0))
 
 
 @pytest.fixture

@@ -100,7 +100,6 @@ def test_quarantine_is_for_head_sizes_and_dtype(templates, small, cpu, tmp_path)
 
 
 def test_a_search_survives_them(templates, small, tmp_path, monkeypatch):
-    monkeypatch.setattr(finals, "_COMPARISON_S", (0.2, 0.5))
     monkeypatch.setattr(search, "backends_for", lambda backends, device: ("planted",))
     report = search.search(small, 400, database=tmp_path / "tuning.db", device="cpu")
     assert report.plan.stages["whole"].config["fault"] == "none"
