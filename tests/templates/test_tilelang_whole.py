@@ -30,6 +30,7 @@ PROBLEM = Problem(
 )  # fmt: skip
 LENGTHS = [0, 79, 71]
 BY_FP32 = {"prepare": {"products": "fp32", "solve_block": 32}}
+OWN_BARRIERS = {"gradients": {"barriers": "own"}}
 
 
 def plan_of(problem, arch, changes=None, **outer):
@@ -52,7 +53,7 @@ def plan_of(problem, arch, changes=None, **outer):
         ("gdn", "store", "sm_90", None, "fp16", "fp32"),
         ("gla", "store", "sm_80", None, "fp16", "fp16"),
         ("gla", "joint", "sm_80", None, "fp16", "fp32"),
-        ("gla", "joint", "sm_90", None, "bf16", "bf16"),
+        ("gla", "joint", "sm_90", OWN_BARRIERS, "bf16", "bf16"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
 )
