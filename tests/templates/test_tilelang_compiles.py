@@ -72,6 +72,7 @@ OTHERS = [
     Case("gdn_scan", "sm_90", RAGGED, states="store"),
     Case("gdn_scan", "sm_90", config=(("num_stages", 1),), states="store"),
     Case("gdn_gradients", "sm_90", RAGGED),
+    Case("gdn_gradients", "sm_90", config=(("gate_sums", "parallel"), ("num_stages", 2))),
     Case("gdn_score_gradients", "sm_90", RAGGED),
     Case("gdn_prepare", "sm_90", RAGGED, config=(("products", "fp32"),)),
     *(Case("gdn_prepare", arch, config=(("products", "fp32"), ("solve_block", 32))) for arch in ("sm_80", "sm_90")),

@@ -31,6 +31,7 @@ PROBLEM = Problem(
 LENGTHS = [0, 79, 71]
 BY_FP32 = {"prepare": {"products": "fp32", "solve_block": 32}}
 OWN_BARRIERS = {"gradients": {"barriers": "own"}}
+SUMS_IN_PARALLEL = {"gradients": {"gate_sums": "parallel"}}
 
 
 def plan_of(problem, arch, changes=None, **outer):
@@ -50,7 +51,7 @@ def plan_of(problem, arch, changes=None, **outer):
     ("rule", "states", "arch", "changes", "dtype", "gates"),
     [
         ("gdn", "recompute", "sm_80", BY_FP32, "fp16", "fp32"),
-        ("gdn", "store", "sm_90", None, "fp16", "fp32"),
+        ("gdn", "store", "sm_90", SUMS_IN_PARALLEL, "fp16", "fp32"),
         ("gla", "store", "sm_80", None, "fp16", "fp16"),
         ("gla", "joint", "sm_80", None, "fp16", "fp32"),
         ("gla", "joint", "sm_90", OWN_BARRIERS, "bf16", "bf16"),

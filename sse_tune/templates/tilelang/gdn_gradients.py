@@ -36,6 +36,7 @@ SPACE = Space(
         Param("block_v", (32, 64, 128), 64, "columns of V taken at a time"),
         Param("num_warps", (4, 8), 4, "warps per block, four to a warpgroup"),
         Param("num_stages", (1, 2), 1, "pieces of V in shared memory"),
+        Param("gate_sums", ("serial", "parallel"), "serial", "how the gradient of the gates is summed up at the end"),
     ),
     constraints=(
         *common.OPERANDS,
@@ -52,7 +53,7 @@ SPACE = Space(
 def factory(
     H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BV: int, STAGES: int, PARTITIONS: int,
     HAS_SHARED: bool, HAS_INITIAL: bool, HAS_FINAL: bool, WRITERS: int, READERS: int, NORM: str, GATE_DTYPE: str,
-    CAPABILITY: int,
+    GATE_SUMS: str, CAPABILITY: int,
 ) -> Any:  # fmt: skip
     import tilelang.language as T
     from tilelang.layout import make_swizzled_layout
@@ -60,6 +61,7 @@ def factory(
     io = common.copies(T, THREADS, L, CAPABILITY)
     NV = V // BV
     PARTS = (V + 63) // 64
+    IN_PARALLEL = GATE_SUMS == "parallel"
     by_columns = T.GemmWarpPolicy.FullCol
     R, S, M, B, N, G = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B", "N", "G"))
     EPS = 1e-6
@@ -173,6 +175,9 @@ def factory(
             b_part = T.alloc_shared((C,), "float32", scope="shared")
             b_de = T.alloc_shared((C,), "float32", scope="shared")
             b_through = T.alloc_shared((K,), "float32", scope="shared")
+            if IN_PARALLEL:
+                b_warps = T.alloc_shared((THREADS // 32,), "float32", scope="shared")
+                b_eights = T.alloc_shared((C // 8,), "float32", scope="shared")
             b_xk = T.alloc_fragment((C, K), "float32")
             b_xq = T.alloc_fragment((C, K), "float32")
             b_new = T.alloc_fragment((C, BV), "float32")
@@ -348,7 +353,26 @@ def factory(
                     io.store_rows(b_q, dq_rows, first - n_shared_rows, n_rows, i_h, 0, tx, C, K)
                     io.store_rows(b_k, dk_rows, first - n_shared_rows, n_rows, i_h, 0, tx, C, K)
 
-                if tx == 0:
+                if IN_PARALLEL:  # what goes through the end, warp by warp; then db by eights
+                    end = T.alloc_var("float32")
+                    end = 0.0
+                    for i in T.unroll(-(-K // THREADS)):
+                        if i * THREADS + tx < K:
+                            end += b_through[i * THREADS + tx]
+                    end *= T.exp(b_b[0, C - 1])
+                    if tx < C:
+                        end += b_end[tx]
+                    for i in T.unroll(5):
+                        end += T.shfl_xor(end, 1 << i)
+                    if tx % 32 == 0:
+                        b_warps[tx // 32] = end
+                    if tx < C // 8:
+                        eight = T.alloc_var("float32")
+                        eight = 0.0
+                        for i in T.unroll(8):
+                            eight += b_db[0, tx * 8 + i]
+                        b_eights[tx] = eight
+                elif tx == 0:
                     total = T.alloc_var("float32")
                     through = T.alloc_var("float32")
                     total = 0.0
@@ -362,9 +386,17 @@ def factory(
                 if tx < C:
                     d_gate = T.alloc_var("float32")
                     d_gate = 0.0
-                    for i in T.serial(C):
-                        if C - 1 - i >= tx:
-                            d_gate += b_db[0, C - 1 - i]
+                    if IN_PARALLEL:
+                        for i in T.unroll(THREADS // 32):
+                            d_gate += b_warps[i]
+                        for i in T.unroll(C // 8):
+                            d_gate += T.if_then_else(i > tx // 8, b_eights[i], 0.0)
+                        for i in T.unroll(8):
+                            d_gate += T.if_then_else(i >= tx % 8, b_db[0, tx // 8 * 8 + i], 0.0)
+                    else:
+                        for i in T.serial(C):
+                            if C - 1 - i >= tx:
+                                d_gate += b_db[0, C - 1 - i]
                     d_gate = T.if_then_else((tx < n_rows) and (lane < WRITERS), d_gate, 0.0)
                     if tx < n_rows:
                         row = T.Cast("int64", first + tx)
@@ -385,7 +417,7 @@ def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
         call, BV=int(call.config["block_v"]), STAGES=int(call.config["num_stages"]), PARTITIONS=problem.partitions,
         HAS_SHARED=problem.shared, HAS_INITIAL="initial_state" in tensors, HAS_FINAL="d_final_state" in tensors,
         WRITERS=int(problem.shared) + problem.top_k, READERS=int(problem.shared) + problem.readers, NORM=problem.norm,
-        GATE_DTYPE=gate,
+        GATE_DTYPE=gate, GATE_SUMS=str(call.config["gate_sums"]),
     )  # fmt: skip
     names = (
         "do", "Ag", "k_scale", "q_scale", "g_cumsum", "h", "dh", "w", "dv_rows", "dp", "dn", "db", "h_dh", "perm",
