@@ -156,3 +156,13 @@ def test_the_roofline_counts_what_is_kept():
     assert by_name[1]["scan"] - by_name[0]["scan"] == both
     assert by_name[0]["recompute"] > both
     assert all(by_name[1][name] == by_name[0][name] for name in by_name[1] if name != "scan")
+
+
+@pytest.mark.parametrize(
+    ("rule", "dtype", "expected"),
+    [("gla", "bf16", "bf16"), ("gla", "fp16", "fp32"), ("gla", "fp32", "fp32"), ("gdn", "bf16", "fp32")],
+)
+def test_parts_of_the_gates_gradients_are_16_bits_only_where_their_range_fits(rule, dtype, expected):
+    problem = Problem.preset("sse-gla-128").replace(rule=rule, dtype=dtype)
+    outer = GRAPHS["staged"].default(problem, ARCHS["sm_90"])
+    assert BUFFERS["dg_rows"].dtype_in(problem, outer) == expected
