@@ -19,6 +19,7 @@ from sse_tune.problem import Problem
 from sse_tune.space import Config
 
 ITEM_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8, "int32": 4}
+STATE_PRODUCT_COLUMNS = 32  # of V in a part of <h, dh>: no walk keeps fewer columns of the state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _keys(s: Sizes) -> tuple[int, ...]:
 
 
 def _state_products(s: Sizes) -> tuple[int, ...]:
-    return (-(-s.problem.value_dim // 64), s.problem.num_heads, s.chunks, s.problem.key_dim)
+    return (-(-s.problem.value_dim // STATE_PRODUCT_COLUMNS), s.problem.num_heads, s.chunks, s.problem.key_dim)
 
 
 # gradients of the sparse rows only: the shared ones go to their tokens at once. One row stands in where there is none
@@ -204,7 +205,7 @@ BUFFERS: dict[str, Buffer] = {
         Buffer("w", "io", _values, "GDN: W, the values less what the state knows of them"),
         Buffer("group_dh", "fp32", _group_states, "GDN: gradient of the state between two groups"),
         Buffer("dh", "state", _states, "gradient of the state at each boundary"),
-        Buffer("h_dh", "fp32", _state_products, "GDN: <h, dh> of each chunk by key, in parts of 64 columns of V"),
+        Buffer("h_dh", "fp32", _state_products, "GDN: <h, dh> of each chunk by key, in parts of 32 columns of V"),
         Buffer("dv_new", "io", _values, "GDN: gradient of V'"),
         Buffer("dv_rows", "io", _value_rows, "gradient of v, each row's part; GDN: that of W too"),
         Buffer("dp", "io", _tiles, "GDN: G∘dP, of the scores before their scales"),

@@ -35,9 +35,10 @@ NAMES = (
     "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients", "gdn_gradients"
 )  # fmt: skip
 GLA_NAMES = ("gla_decay_rows", "gla_states", "gla_output", "gla_states_backward", "gla_value_gradients")
+SPECIALIZED_NAMES = ("gdn_scan_specialized", "gdn_state_gradient_specialized")
 JOINT_NAMES = ("gla_states_output", "gla_states_value_gradients")
 # stack bytes of a thread, where a default spills
-MAX_SPILL_BYTES = {("gdn_prepare", "sm_100"): 48}
+MAX_SPILL_BYTES = {("gdn_prepare", "sm_100"): 48, ("gdn_state_gradient_specialized", "sm_100"): 32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,9 +62,9 @@ class Case:
 
 
 GLA_CASE = Case("gla_decay_rows", "sm_90", GLA)
-KEEPING = [Case("gdn_scan", arch, states="store") for arch in ARCHS]
+KEEPING = [Case(name, arch, states="store") for name in ("gdn_scan", "gdn_scan_specialized") for arch in ARCHS]
 DEFAULTS = [
-    *(Case(name, arch) for name in NAMES for arch in ARCHS),
+    *(Case(name, arch) for name in (*NAMES, *SPECIALIZED_NAMES) for arch in ARCHS),
     *(Case(name, arch, GLA) for name in (*GLA_NAMES, *JOINT_NAMES) for arch in ARCHS),
     *KEEPING,
 ]
@@ -72,11 +73,15 @@ OTHERS = [
     Case("gdn_scan", "sm_90", RAGGED, states="store"),
     Case("gdn_scan", "sm_90", config=(("num_stages", 1),), states="store"),
     Case("gdn_gradients", "sm_90", RAGGED),
-    Case("gdn_gradients", "sm_90", config=(("gate_sums", "parallel"), ("num_stages", 2))),
+    Case("gdn_gradients", "sm_90", config=(("num_stages", 2),)),
     Case("gdn_score_gradients", "sm_90", RAGGED),
     Case("gdn_prepare", "sm_90", RAGGED, config=(("products", "fp32"),)),
     *(Case("gdn_prepare", arch, config=(("products", "fp32"), ("solve_block", 32))) for arch in ("sm_80", "sm_90")),
     Case("gdn_state_gradient", "sm_90", config=(("num_warps", 8), ("num_stages", 1))),
+    Case("gdn_scan_specialized", "sm_90", WIDE, states="store"),
+    Case("gdn_state_gradient_specialized", "sm_90", RAGGED),
+    Case("gdn_state_gradient_specialized", "sm_90", config=(("num_warps", 8),)),
+    Case("gdn_state_gradient_specialized", "sm_90", config=(("block_v", 32), ("num_stages", 3), ("copy_warps", 4))),
     Case("gla_decay_rows", "sm_90", WIDE_GLA, (("num_warps", 8),)),
     Case("gla_decay_rows", "sm_80", RAGGED.replace(rule="gla")),
     Case("gla_decay_rows", "sm_90", GLA.replace(dtype="fp16", head_dim=192, norm="after")),
@@ -105,10 +110,10 @@ def compiled(case):
 
 
 def promised_smem_bytes(case):
-    """By the module of the template that has a say in it: its own, or of the kernel that two of them share."""
+    """By the first module of the template that has a say in it: its own, or of the kernel that two of them share."""
     modules = map(importlib.import_module, find_template("tilelang", case.template).sources)
-    (smem_bytes,) = [module.smem_bytes for module in modules if hasattr(module, "smem_bytes")]
-    return smem_bytes(case.problem, Config({**case.outer, **config_of(case)}))
+    module = next(module for module in modules if hasattr(module, "smem_bytes"))
+    return module.smem_bytes(case.problem, Config({**case.outer, **config_of(case)}))
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +189,15 @@ def test_no_step_of_a_gla_walk_waits_for_what_it_loads(name, num_stages):
     assert re.findall(r"cp_async_wait<(\d+)>", loop) == [str(num_stages - 2)]
     for line in loop.splitlines():
         assert "cp_async_gs" in line or not re.search(r"\b(x|y|z|P|perm|decay|segment_\w+)\[", line), line
+
+
+@pytest.mark.parametrize("name", SPECIALIZED_NAMES)
+def test_products_of_specialized_warps_run_beside_others(name):
+    """ptxas says where it has each product waited for at once: C7518, C7514 and others, by reason."""
+    case = Case(name, "sm_90", states="store")
+    (launch,) = record_launches(find_template("tilelang", name), case.problem, case.outer, config_of(case))
+    _, said = tilelang._assemble(tilelang._generate(launch.kernel, case.arch)[0], "sm_90a")
+    assert not re.search("C7518|serialized", said), said
 
 
 def test_the_key_tells_programs_apart():

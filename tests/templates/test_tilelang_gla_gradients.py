@@ -30,12 +30,11 @@ CASES = {
     "main-sm_90": (MAIN, "sm_90", {}),
     "main-sm_100": (MAIN, "sm_100", {}),
     "four warps": (MAIN, "sm_90", {"num_warps": 4}),
-    "own barriers": (MAIN, "sm_90", {"num_warps": 4, "barriers": "own"}),
     "narrow fp16": (NARROW, "sm_90", {}),
     "wide": (WIDE, "sm_90", {}),
 }
-# stack bytes of a thread: two blocks leave 128 registers to eight warps, 255 to four
-MAX_SPILL_BYTES = {"main-sm_90": 88, "main-sm_100": 64, "own barriers": 72}
+# stack bytes of a thread: two blocks of eight warps leave 128 registers
+MAX_SPILL_BYTES = {"main-sm_90": 88, "main-sm_100": 64}
 
 
 def config_of(problem, arch, changes):
@@ -71,17 +70,6 @@ def test_compiles_within_its_limits(name, artifacts):
 def test_two_blocks_share_a_multiprocessor(artifacts):
     near = artifacts["main-sm_90"].kernels[0]
     assert 2 * (near.smem_bytes + 1024) <= SMEM_OF_A_MULTIPROCESSOR
-
-
-def test_its_own_barriers_are_half_of_the_compilers():
-    if tilelang.missing() is not None:
-        pytest.skip(f"nothing to compile with: {tilelang.missing()}")
-    counts = []
-    for barriers in ("compiler", "own"):
-        config = config_of(MAIN, "sm_90", {"barriers": barriers})
-        kernel = record_launches(TEMPLATE, MAIN, OUTER, config)[0].kernel
-        counts.append(tilelang._generate(kernel, "sm_90")[0].count("__syncthreads"))
-    assert counts[1] <= counts[0] / 2, counts
 
 
 def launches_of(problem):

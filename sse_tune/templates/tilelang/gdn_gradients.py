@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
+from sse_tune.templates.buffers import STATE_PRODUCT_COLUMNS
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.tilelang import common
 
@@ -25,10 +26,11 @@ if TYPE_CHECKING:
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
-    """Rows and scores, the pieces in their slots or the scaled rows after them, and twelve numbers a row."""
+    """Rows and scores, the pieces in their slots or the scaled rows after them, twelve numbers a row, and <h, dh>."""
     c, k, bv = int(config["chunk_size"]), problem.head_dim, int(config["block_v"])
+    parts = problem.value_dim // STATE_PRODUCT_COLUMNS
     pieces = int(config["num_stages"]) * (k * bv + 2 * c * bv)
-    return common.item_bytes(problem) * (2 * c * k + 3 * c * c + max(pieces, c * k)) + 4 * (16 * c + k) + 2048
+    return common.item_bytes(problem) * (2 * c * k + 3 * c * c + max(pieces, c * k)) + 4 * (16 * c + parts * k) + 2048
 
 
 SPACE = Space(
@@ -36,7 +38,6 @@ SPACE = Space(
         Param("block_v", (32, 64, 128), 64, "columns of V taken at a time"),
         Param("num_warps", (4, 8), 4, "warps per block, four to a warpgroup"),
         Param("num_stages", (1, 2), 1, "pieces of V in shared memory"),
-        Param("gate_sums", ("serial", "parallel"), "serial", "how the gradient of the gates is summed up at the end"),
     ),
     constraints=(
         *common.OPERANDS,
@@ -53,15 +54,14 @@ SPACE = Space(
 def factory(
     H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BV: int, STAGES: int, PARTITIONS: int,
     HAS_SHARED: bool, HAS_INITIAL: bool, HAS_FINAL: bool, WRITERS: int, READERS: int, NORM: str, GATE_DTYPE: str,
-    GATE_SUMS: str, CAPABILITY: int,
+    CAPABILITY: int,
 ) -> Any:  # fmt: skip
     import tilelang.language as T
     from tilelang.layout import make_swizzled_layout
 
     io = common.copies(T, THREADS, L, CAPABILITY)
     NV = V // BV
-    PARTS = (V + 63) // 64
-    IN_PARALLEL = GATE_SUMS == "parallel"
+    PARTS = V // STATE_PRODUCT_COLUMNS
     by_columns = T.GemmWarpPolicy.FullCol
     R, S, M, B, N, G = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B", "N", "G"))
     EPS = 1e-6
@@ -174,10 +174,9 @@ def factory(
             b_unit = T.alloc_shared((C,), "float32", scope="shared")
             b_part = T.alloc_shared((C,), "float32", scope="shared")
             b_de = T.alloc_shared((C,), "float32", scope="shared")
-            b_through = T.alloc_shared((K,), "float32", scope="shared")
-            if IN_PARALLEL:
-                b_warps = T.alloc_shared((THREADS // 32,), "float32", scope="shared")
-                b_eights = T.alloc_shared((C // 8,), "float32", scope="shared")
+            b_through = T.alloc_shared((PARTS, K), "float32", scope="shared")
+            b_warps = T.alloc_shared((THREADS // 32,), "float32", scope="shared")
+            b_eights = T.alloc_shared((C // 8,), "float32", scope="shared")
             b_xk = T.alloc_fragment((C, K), "float32")
             b_xq = T.alloc_fragment((C, K), "float32")
             b_new = T.alloc_fragment((C, BV), "float32")
@@ -209,17 +208,19 @@ def factory(
                 io.copy_scalars(q_scale, b_c, 0, first, n_rows, i_h, tx, C)
                 io.copy_scalars(g_cumsum, b_b, 0, first, n_rows, i_h, tx, C)
                 io.copy_scalars(db, b_db, 0, first, n_rows, i_h, tx, C)
+                for i_part in T.unroll(PARTS):
+                    if tx < K // 4:
+                        T.ptx_cp_async(
+                            T.access_ptr(b_through[i_part, tx * 4], "w", 4),
+                            T.access_ptr(h_dh[i_part, i_h, T.Cast("int64", i_c), tx * 4], "r", 4),
+                            4,
+                        )
                 for t in T.unroll(STAGES):
                     fetch(
                         t, dh, h, w, do, dv_rows, d_final_state, initial_state, b_s, b_x, b_y, slots_v, i_before,
                         i_after, i_state, first, n_rows, i_h, tx,
                     )  # fmt: skip
                     T.ptx_commit_group()
-                for i_k in T.Parallel(K):
-                    b_through[i_k] = 0.0
-                for i_part in T.serial(PARTS):
-                    for i_k in T.Parallel(K):
-                        b_through[i_k] += h_dh[i_part, i_h, T.Cast("int64", i_c), i_k]
                 io.arrive(STAGES - 1)
                 slot = T.if_then_else(tx < n_rows, perm[T.Cast("int64", first + T.min(tx, n_rows - 1))], 0)
                 lane = slot - T.truncdiv(slot, L) * L
@@ -353,50 +354,36 @@ def factory(
                     io.store_rows(b_q, dq_rows, first - n_shared_rows, n_rows, i_h, 0, tx, C, K)
                     io.store_rows(b_k, dk_rows, first - n_shared_rows, n_rows, i_h, 0, tx, C, K)
 
-                if IN_PARALLEL:  # what goes through the end, warp by warp; then db by eights
-                    end = T.alloc_var("float32")
-                    end = 0.0
-                    for i in T.unroll(-(-K // THREADS)):
-                        if i * THREADS + tx < K:
-                            end += b_through[i * THREADS + tx]
-                    end *= T.exp(b_b[0, C - 1])
-                    if tx < C:
-                        end += b_end[tx]
-                    for i in T.unroll(5):
-                        end += T.shfl_xor(end, 1 << i)
-                    if tx % 32 == 0:
-                        b_warps[tx // 32] = end
-                    if tx < C // 8:
-                        eight = T.alloc_var("float32")
-                        eight = 0.0
-                        for i in T.unroll(8):
-                            eight += b_db[0, tx * 8 + i]
-                        b_eights[tx] = eight
-                elif tx == 0:
-                    total = T.alloc_var("float32")
-                    through = T.alloc_var("float32")
-                    total = 0.0
-                    through = 0.0
-                    for i in T.serial(C):
-                        total += b_end[i]
-                    for i in T.serial(K):
-                        through += b_through[i]
-                    b_db[0, n_rows - 1] += total + T.exp(b_b[0, C - 1]) * through
+                # what goes through the end, warp by warp; then db by eights
+                end = T.alloc_var("float32")
+                end = 0.0
+                for i in T.unroll(-(-K // THREADS)):
+                    if i * THREADS + tx < K:
+                        for i_part in T.unroll(PARTS):
+                            end += b_through[i_part, i * THREADS + tx]
+                end *= T.exp(b_b[0, C - 1])
+                if tx < C:
+                    end += b_end[tx]
+                for i in T.unroll(5):
+                    end += T.shfl_xor(end, 1 << i)
+                if tx % 32 == 0:
+                    b_warps[tx // 32] = end
+                if tx < C // 8:
+                    eight = T.alloc_var("float32")
+                    eight = 0.0
+                    for i in T.unroll(8):
+                        eight += b_db[0, tx * 8 + i]
+                    b_eights[tx] = eight
                 T.sync_threads()
                 if tx < C:
                     d_gate = T.alloc_var("float32")
                     d_gate = 0.0
-                    if IN_PARALLEL:
-                        for i in T.unroll(THREADS // 32):
-                            d_gate += b_warps[i]
-                        for i in T.unroll(C // 8):
-                            d_gate += T.if_then_else(i > tx // 8, b_eights[i], 0.0)
-                        for i in T.unroll(8):
-                            d_gate += T.if_then_else(i >= tx % 8, b_db[0, tx // 8 * 8 + i], 0.0)
-                    else:
-                        for i in T.serial(C):
-                            if C - 1 - i >= tx:
-                                d_gate += b_db[0, C - 1 - i]
+                    for i in T.unroll(THREADS // 32):
+                        d_gate += b_warps[i]
+                    for i in T.unroll(C // 8):
+                        d_gate += T.if_then_else(i > tx // 8, b_eights[i], 0.0)
+                    for i in T.unroll(8):
+                        d_gate += T.if_then_else(i >= tx % 8, b_db[0, tx // 8 * 8 + i], 0.0)
                     d_gate = T.if_then_else((tx < n_rows) and (lane < WRITERS), d_gate, 0.0)
                     if tx < n_rows:
                         row = T.Cast("int64", first + tx)
@@ -417,7 +404,7 @@ def run(call: Call, tensors: "Mapping[str, torch.Tensor]") -> None:
         call, BV=int(call.config["block_v"]), STAGES=int(call.config["num_stages"]), PARTITIONS=problem.partitions,
         HAS_SHARED=problem.shared, HAS_INITIAL="initial_state" in tensors, HAS_FINAL="d_final_state" in tensors,
         WRITERS=int(problem.shared) + problem.top_k, READERS=int(problem.shared) + problem.readers, NORM=problem.norm,
-        GATE_DTYPE=gate, GATE_SUMS=str(call.config["gate_sums"]),
+        GATE_DTYPE=gate,
     )  # fmt: skip
     names = (
         "do", "Ag", "k_scale", "q_scale", "g_cumsum", "h", "dh", "w", "dv_rows", "dp", "dn", "db", "h_dh", "perm",

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sse_tune.space import Constraint, Param, Space
+from sse_tune.templates.buffers import STATE_PRODUCT_COLUMNS
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.tilelang import common
 
@@ -55,7 +56,7 @@ def factory(
     io = common.copies(T, THREADS, L, CAPABILITY)
     mma = common.products(T, THREADS, CAPABILITY)
     NV = V // BV
-    PARTS = BV // 64
+    PARTS = BV // STATE_PRODUCT_COLUMNS
     by_columns, by_rows = T.GemmWarpPolicy.FullCol, T.GemmWarpPolicy.FullRow
     R, S, M, B, N = (T.dynamic(name, "int64") for name in ("R", "S", "M", "B", "N"))
 

@@ -51,7 +51,6 @@ SPACE = Space(
     params=(
         Param("num_warps", (4, 8), 8, "warps per block, four to a warpgroup"),
         Param("blocks_per_sm", (1, 2), 2, "blocks that registers are kept for"),
-        Param("barriers", ("compiler", "own"), "compiler", "those that the compiler adds, or what the kernel needs"),
     ),
     constraints=(
         *common.OPERANDS,
@@ -67,9 +66,9 @@ SPACE = Space(
 
 
 def factory(
-    H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BLOCKS: int, BARRIERS: str, PARTITIONS: int,
-    HAS_SHARED: bool, HAS_INITIAL: bool, HAS_FINAL: bool, WRITERS: int, READERS: int, NORM: str, G_DTYPE: str,
-    SHARED_G_DTYPE: str, DG_ROWS_DTYPE: str, CAPABILITY: int,
+    H: int, K: int, V: int, C: int, L: int, DTYPE: str, THREADS: int, BLOCKS: int, PARTITIONS: int, HAS_SHARED: bool,
+    HAS_INITIAL: bool, HAS_FINAL: bool, WRITERS: int, READERS: int, NORM: str, G_DTYPE: str, SHARED_G_DTYPE: str,
+    DG_ROWS_DTYPE: str, CAPABILITY: int,
 ) -> Any:  # fmt: skip
     import tilelang.language as T
     from tilelang.layout import make_swizzled_layout
@@ -241,8 +240,6 @@ def factory(
                         b_yq[i, j] = b_e[i, j] * (b_q_rows[i, j] * b_c[i])
                     for i, j in T.Parallel(C, BK):
                         b_yk[i, j] = T.fast_rcp(b_e[i, j]) * (b_k_rows[i, j] * b_a[i])
-                    if BARRIERS == "own":  # Z goes to the place of q and k; the compiler adds one here, and seven more
-                        T.sync_threads()
                     T.copy(b_yq, b_zq)
                     T.copy(b_yk, b_zk)
                     if not IS_EXACT:
@@ -389,8 +386,7 @@ def launch_near(call: Call, tensors: "Mapping[str, torch.Tensor]", far: "torch.T
         for name in ("g", "shared_g", "dg_rows")
     }
     values = common.constants(
-        call, BLOCKS=int(call.config["blocks_per_sm"]), BARRIERS=str(call.config["barriers"]),
-        PARTITIONS=problem.partitions, HAS_SHARED=problem.shared,
+        call, BLOCKS=int(call.config["blocks_per_sm"]), PARTITIONS=problem.partitions, HAS_SHARED=problem.shared,
         HAS_INITIAL="initial_state" in tensors, HAS_FINAL="d_final_state" in tensors,
         WRITERS=int(problem.shared) + problem.top_k, READERS=int(problem.shared) + problem.readers, NORM=problem.norm,
         **dtypes,
@@ -407,9 +403,7 @@ def launch_near(call: Call, tensors: "Mapping[str, torch.Tensor]", far: "torch.T
         G=max(1, sizes.sparse_rows),
     )  # fmt: skip
     near = common.program(__name__, "factory", values)
-    near = dataclasses.replace(
-        near, sources=(*near.sources, gla_tiles.MODULE), own_barriers=call.config["barriers"] == "own"
-    )
+    near = dataclasses.replace(near, sources=(*near.sources, gla_tiles.MODULE))
     call.launch(near, (blocks,), arguments, num_warps=int(call.config["num_warps"]), num_stages=1)
 
 

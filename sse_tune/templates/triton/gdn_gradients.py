@@ -22,6 +22,7 @@ import triton.language as tl
 from sse_tune.device import Device
 from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
+from sse_tune.templates.buffers import STATE_PRODUCT_COLUMNS
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common
 from sse_tune.templates.triton.common import (
@@ -84,7 +85,7 @@ def gdn_gradients_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     i_h = tl.program_id(0) % H
     i_seg, first_row, n_rows, i_before, i_after = chunk_entry(chunk_table, tl.program_id(0) // H)
@@ -155,7 +156,7 @@ def gdn_gradients_kernel(
     store_rows(tl.where(is_shared, d_shared_k, dk_rows), b_dk, b_out, m_row, o_k, K, BK)
 
     b_through = tl.zeros((BK,), tl.float32)
-    for i_part in tl.static_range(0, (V + 63) // 64):
+    for i_part in tl.static_range(0, (V + PART - 1) // PART):
         p_product = h_dh + ((i_part * H + i_h).to(tl.int64) * n_chunks + tl.program_id(0) // H) * K
         b_through += tl.load(p_product + o_k, mask=o_k < K, other=0.0)
     b_end = tl.sum(b_y, 0) + tl.exp(b_last.to(tl.float32)) * tl.sum(b_through, 0)
@@ -191,6 +192,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
             V=problem.value_dim,
             BK=key_tile(problem),
             BV=int(call.config["block_v"]),
+            PART=STATE_PRODUCT_COLUMNS,
         ),
         num_warps=int(call.config["num_warps"]),
         num_stages=int(call.config["num_stages"]),

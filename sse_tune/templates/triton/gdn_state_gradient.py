@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from sse_tune.space import Param, Space
+from sse_tune.templates.buffers import STATE_PRODUCT_COLUMNS
 from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gdn_groups
 from sse_tune.templates.triton.common import (
@@ -54,7 +55,7 @@ def gdn_state_gradient_kernel(
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr, SPLIT: tl.constexpr,
-    BK: tl.constexpr, BV: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     NV: tl.constexpr = (V + BV - 1) // BV
     i_v, i_h, i_seg, i_chunk, first_row, n_left, first_boundary, i_state, i_first, i_after = walk_part(
@@ -96,10 +97,10 @@ def gdn_state_gradient_kernel(
         i_before = tl.where(has_before, first_boundary + i - 1, -1)
         b_h = state_beside(h, initial_state, i_before, i_state, i_h, o_k, o_v, H, K, V, HAS_INITIAL)
         b_product = tl.sum(b_h.to(tl.float32) * b_ds, 1)  # [BK]
-        for i_part in tl.static_range(0, BV // 64):  # the whole of it in the first part
-            o_product = tl.cast(i_v * (BV // 64) + i_part, tl.int64) * H + i_h
+        for i_part in tl.static_range(0, BV // PART):  # the whole of it in the first part
+            o_product = tl.cast(i_v * (BV // PART) + i_part, tl.int64) * H + i_h
             p_product = h_dh + (o_product * n_all_chunks + first_chunk + i) * K + o_k
-            m_product = (i_v * BV + i_part * 64 < V) & (o_k < K)
+            m_product = (i_v * BV + i_part * PART < V) & (o_k < K)
             tl.store(p_product, b_product if i_part == 0 else tl.zeros((BK,), tl.float32), mask=m_product)
 
         b_up = tl.exp(b_b.to(tl.float32))
@@ -131,6 +132,7 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
         **common.end_states(tensors, "d_initial_state", "d_final_state", "initial_state", "group_dh"),
         **{name: tensors[name] for name in names},
     )
+    arguments["PART"] = STATE_PRODUCT_COLUMNS
     common.launch_walk(call, gdn_state_gradient_kernel, arguments)
 
 

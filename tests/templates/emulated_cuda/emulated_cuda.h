@@ -243,16 +243,20 @@ __attribute__((noinline)) inline void leave() {
   if (!_setjmp(fiber().at)) _longjmp(scheduler, 1);
 }
 
-template <class Action> void meet(Gate& gate, int expected, Action last) {
+template <class Action> void arrive(Gate& gate, int expected, Action last) {
   if (gate.arrived && gate.expected != expected) fail("one barrier with %d and %d threads", gate.expected, expected);
   gate.expected = expected;
-  fiber().gate = &gate.opened;
-  fiber().seen = gate.opened;
   if (++gate.arrived == expected) {
     gate.arrived = 0;
     last();
     ++gate.opened;
   }
+}
+
+template <class Action> void meet(Gate& gate, int expected, Action last) {
+  fiber().gate = &gate.opened;
+  fiber().seen = gate.opened;
+  arrive(gate, expected, last);
   leave();
 }
 
@@ -446,6 +450,13 @@ template <class T> T __shfl_down_sync(unsigned mask, T value, int delta, int wid
 }
 
 namespace tl {
+
+inline void __sync_thread_partial(int number, int threads) { emulated::barrier(number, threads); }
+inline void __named_barrier_arrive(int number, int threads) {
+  emulated::arrive(emulated::barriers[number], threads, [] {});
+}
+template <int REGISTERS> void warpgroup_reg_alloc() {}
+template <int REGISTERS> void warpgroup_reg_dealloc() {}
 
 // ---------------------------------------------------------------------------------------------------- copies
 
