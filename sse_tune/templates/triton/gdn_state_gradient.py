@@ -77,6 +77,11 @@ def gdn_state_gradient_kernel(
     first_chunk = tl.load(segment_chunks + i_seg) + i_chunk
     last = tl.maximum(n_chunks - 1, 0) * C  # 0 where there is no row either
     b_slot = chunk_slots(perm, first_row + last, n_left - last, C)
+    for i in range(0, n_chunks):  # the whole of <h, dh> is in the first part; beside the products this would spill
+        for i_part in tl.static_range(1, BV // PART):
+            o_product = tl.cast(i_v * (BV // PART) + i_part, tl.int64) * H + i_h
+            p_product = h_dh + (o_product * n_all_chunks + first_chunk + i) * K + o_k
+            tl.store(p_product, tl.zeros((BK,), tl.float32), mask=(i_v * BV + i_part * PART < V) & (o_k < K))
     for i_back in range(0, n_chunks):
         i = n_chunks - 1 - i_back
         n_rows = tl.minimum(n_left - i * C, C)
@@ -97,11 +102,9 @@ def gdn_state_gradient_kernel(
         i_before = tl.where(has_before, first_boundary + i - 1, -1)
         b_h = state_beside(h, initial_state, i_before, i_state, i_h, o_k, o_v, H, K, V, HAS_INITIAL)
         b_product = tl.sum(b_h.to(tl.float32) * b_ds, 1)  # [BK]
-        for i_part in tl.static_range(0, BV // PART):  # the whole of it in the first part
-            o_product = tl.cast(i_v * (BV // PART) + i_part, tl.int64) * H + i_h
-            p_product = h_dh + (o_product * n_all_chunks + first_chunk + i) * K + o_k
-            m_product = (i_v * BV + i_part * PART < V) & (o_k < K)
-            tl.store(p_product, b_product if i_part == 0 else tl.zeros((BK,), tl.float32), mask=m_product)
+        o_product = tl.cast(i_v * (BV // PART), tl.int64) * H + i_h
+        p_product = h_dh + (o_product * n_all_chunks + first_chunk + i) * K + o_k
+        tl.store(p_product, b_product, mask=(i_v * BV < V) & (o_k < K))
 
         b_up = tl.exp(b_b.to(tl.float32))
         b_down = b_a * tl.exp((b_last - b_b).to(tl.float32))
