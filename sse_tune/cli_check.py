@@ -86,7 +86,7 @@ def check(
     unfit: list[str] = []
     if not as_json:
         typer.echo(f"on {here.name} ({here.arch}): error of the worst tensor, relative to the reference in float64")
-    subjects = list(_subjects(rules, dtypes, chosen, here, db))
+    subjects = list(subjects_of(rules, dtypes, chosen, here, db))
 
     def tell(number: int, result: CaseResult) -> None:
         rows.append(_row(subjects[number], result))
@@ -185,17 +185,23 @@ def check_problem(rule: str, dtype: str, device: Device) -> Problem:
     )  # fmt: skip
 
 
-def _subjects(
+def subjects_of(
     rules: tuple[str, ...], dtypes: tuple[str, ...], backends: tuple[str, ...], device: Device, db: str | None
 ) -> Iterator[Subject]:
-    """The default plan of each backend, and the tuned plans that are known for this device."""
+    """The default plan of each backend, that with each template in it that is not a default, and the tuned plans that
+    are known for this device."""
     from sse_tune.templates.registry import default_plan
+    from sse_tune.tuning.landscape import Templates, other_defaults
 
     for backend in backends:
         for rule in rules:
             for dtype in dtypes:
                 problem = check_problem(rule, dtype, device)
-                yield Subject(backend, DEFAULT, problem, default_plan(problem, device, backend))
+                plan = default_plan(problem, device, backend)
+                yield Subject(backend, DEFAULT, problem, plan)
+                for stage, choice in other_defaults(Templates(problem, device, (backend,)), plan):
+                    if plan.stages[stage].backend == backend:
+                        yield Subject(backend, choice.template, problem, plan.replace_stage(stage, choice))
     yield from _tuned(rules, dtypes, backends, device, db)
 
 

@@ -15,8 +15,10 @@ from typer.testing import CliRunner
 
 from sse_tune import cli_common
 from sse_tune.cli import app
+from sse_tune.cli_check import DEFAULT, subjects_of
 from sse_tune.cli_common import UsageError, devices, size_bytes
 from sse_tune.database.store import TuningDatabase
+from sse_tune.device import ARCHS
 from sse_tune.errors import (
     AdmissionError,
     CompileError,
@@ -26,6 +28,7 @@ from sse_tune.errors import (
     ProblemError,
     SearchError,
 )
+from sse_tune.templates.registry import templates_for
 from sse_tune.tuning import finals
 from sse_tune.tuning.sweep_file import read_sweep
 
@@ -243,6 +246,19 @@ def test_check_is_red_when_a_kernel_is_wrong(monkeypatch):
     assert found.exit_code == 1, found.output
     assert "FAIL" in found.stdout
     assert "0 passed, 1 failed" in found.stdout
+
+
+def test_check_runs_every_template_of_the_stages_it_checks():
+    """Also those that are no default: specialized warps beside whole blocks."""
+    subjects = list(subjects_of(("gdn",), ("bf16",), ("tilelang",), ARCHS["sm_90"], None))
+    default = next(subject for subject in subjects if subject.plan_of == DEFAULT)
+    untuned = [subject for subject in subjects if subject.problem == default.problem]
+    checked = {choice.template for subject in untuned for choice in subject.plan.stages.values()}
+    expected = {
+        template.name for stage in default.plan.stages
+        for template in templates_for(stage, default.problem, ("tilelang",))
+    }  # fmt: skip
+    assert {"gdn_scan", "gdn_scan_specialized", "gdn_state_gradient_specialized"} <= expected <= checked
 
 
 def test_check_in_two_processes_prints_the_lines_of_one():

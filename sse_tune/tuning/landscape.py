@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Hashable, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from typing import Protocol
 
 from sse_tune.device import Device
@@ -19,7 +19,7 @@ from sse_tune.space import Config, Constraint, Space
 from sse_tune.templates.outer import STAGE_CHOICES
 from sse_tune.templates.registry import default_plan, graph_of, templates_for, validate_plan
 from sse_tune.templates.roofline import DATA_CENTRE, floor_of
-from sse_tune.templates.stages import GRAPHS, stage_contract
+from sse_tune.templates.stages import GRAPHS, stage_contract, stage_names
 from sse_tune.tuning.workload import Workload
 
 PRUNE_RATIO = 1.5  # of the best prediction: what the model puts beyond it is not tried
@@ -54,8 +54,9 @@ class Landscape(Protocol):
     def base(self, outer: Config | None) -> Plan:
         """The default plan at an outer point; None: the default one. Raises ConstraintError when there is none."""
 
-    def promising(self) -> Config | None:
-        """The outer point to try right after the default one: `fastest_predicted`; None: there is none."""
+    def promising(self, without: Collection[Config] = ()) -> Config | None:
+        """The outer point to try right after the default one, of other stages than some: `fastest_predicted`; None:
+        there is none."""
 
     def slots(self, stage: str) -> tuple[Slot, ...]:
         """The templates of a stage."""
@@ -89,8 +90,8 @@ class Templates:
     def base(self, outer: Config | None) -> Plan:
         return base_plan(self.workload, self.device, self.backends[0], outer)
 
-    def promising(self) -> Config | None:
-        outers = self.outer.configs(self.problem, self.device)
+    def promising(self, without: Collection[Config] = ()) -> Config | None:
+        outers = of_other_stages(self.graph, self.problem, self.outer.configs(self.problem, self.device), without)
         return fastest_predicted(self.workload, self.device, self.base(None).outer, outers)
 
     def slots(self, stage: str) -> tuple[Slot, ...]:
@@ -151,6 +152,14 @@ def fastest_predicted(
     others = [outer for outer in outers if outer.replace(**{name: default[name] for name in STAGE_CHOICES}) == default]
     best = min((default, *others), key=lambda outer: predicted_us(workload, device, outer))
     return None if best == default else best
+
+
+def of_other_stages(
+    graph: str, problem: Problem, outers: Iterable[Config], without: Collection[Config]
+) -> list[Config]:
+    """Outer points but those that have the stages of one of some."""
+    refused = {stage_names(graph, problem, outer) for outer in without}
+    return [outer for outer in outers if stage_names(graph, problem, outer) not in refused]
 
 
 def split_pays(workload: Workload, device: Device) -> Constraint:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import random
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 
 from sse_tune.device import ARCHS, Device
 from sse_tune.errors import ConstraintError
@@ -18,7 +18,7 @@ from sse_tune.problem import Problem
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.stages import GRAPHS, stage_contract, stage_names
 from sse_tune.tuning.candidates import Candidate
-from sse_tune.tuning.landscape import Slot, fastest_predicted
+from sse_tune.tuning.landscape import Slot, fastest_predicted, of_other_stages
 from sse_tune.tuning.sweep_file import Sweep
 from sse_tune.tuning.sweep_spaces import RecordedSpace, Row
 from sse_tune.tuning.workload import Workload
@@ -64,8 +64,9 @@ class Recorded:
             raise ConstraintError(_RECORDED, f"{dict(outer)}", "record it")
         return Plan(self.graph, outer, {stage: self._at(stage, outer)[0].default for stage in self.stages})
 
-    def promising(self) -> Config | None:
-        return fastest_predicted(Workload.of(self.problem), self.device, self.base(None).outer, self.outers)
+    def promising(self, without: Collection[Config] = ()) -> Config | None:
+        outers = of_other_stages(self.graph, self.problem, self.outers, without)
+        return fastest_predicted(Workload.of(self.problem), self.device, self.base(None).outer, outers)
 
     def slots(self, stage: str) -> tuple[Slot, ...]:
         return self._slots[stage]

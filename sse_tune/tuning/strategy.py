@@ -138,10 +138,11 @@ class WholePlans(Strategy):
 
 
 class Decomposed(Strategy):
-    """Outer points pruned by the roofline: the default, those of known plans and the most promising one before those
-    that Optuna proposes; in each, stages tuned apart and put together. The first two, which share the contracts of most
-    stages, are asked by turns; the others one after the other. Beside the default point the base of one is the fastest
-    known plan that was admitted there: the default plan may be far from it, or not be admitted.
+    """Outer points pruned by the roofline: the default, those of known plans and the most promising one (where its base
+    is refused, the next one of other stages in its place) before those that Optuna proposes; in each, stages tuned
+    apart and put together. The first two, which share the contracts of most stages, are asked by turns; the others one
+    after the other. Beside the default point the base of one is the fastest known plan that was admitted there: the
+    default plan may be far from it, or not be admitted.
 
     Args:
         landscape: what can be chosen.
@@ -158,9 +159,10 @@ class Decomposed(Strategy):
         self.best_base_us: float | None = None
         self._to_compare = list(known_plans)
         self._untold = set(known_plans)
-        default, promising = landscape.base(None).outer, landscape.promising()
+        default, self._promising = landscape.base(None).outer, landscape.promising()
+        promising = [self._promising] if self._promising else []
         # what was measured elsewhere says more than what is predicted
-        first = dict.fromkeys((default, *(plan.outer for plan in known_plans), *([promising] if promising else [])))
+        first = dict.fromkeys((default, *(plan.outer for plan in known_plans), *promising))
         self._outer = SpaceStudy(
             landscape.outer, landscape.problem, landscape.device, seed=settings.seed, first=first
         )  # fmt: skip
@@ -168,6 +170,7 @@ class Decomposed(Strategy):
         self._together = min(2, sum(outer in self._outer.configs for outer in first))
         self._count = min(max(settings.max_points, self._together), len(self._outer.configs))
         self._opened = 0
+        self._refused: list[Config] = []  # promising points whose base was not admitted
         self._begin: float | None = None
         self._points: list[Point] = []  # the next to be asked first
         self._closing: list[Point] = []  # what they put together is still compiled or run, while others are tuned
@@ -249,7 +252,14 @@ class Decomposed(Strategy):
         return worth
 
     def _close(self, point: Point) -> None:
-        self._outer.tell(point.base.outer, point.best_us)
+        outer = point.base.outer
+        self._outer.tell(outer, point.best_us)
+        if outer == self._promising and not point.admitted:  # the next one in its place
+            self._refused.append(outer)
+            self._promising = self.landscape.promising(self._refused)
+            if self._promising is not None:
+                self._outer.enqueue(self._promising)
+                self._opened -= 1
 
     def _refill(self) -> bool:
         """Opens the next point, if none is open or it is one of the first, once that before it is known to run and so

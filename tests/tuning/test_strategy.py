@@ -318,6 +318,24 @@ def test_the_most_promising_point_is_opened_however_little_time_is_left(directio
     assert len({candidate.plan.outer for candidate in asked}) == points
 
 
+def test_where_the_most_promising_point_is_refused_the_next_one_takes_its_place():
+    """A plain stream's: segments split, which rounds once more, then states kept and segments whole."""
+    plain = PROBLEM.replace(seq_len=32768, num_heads=32, num_partitions=0, top_k=0, read_k=0)
+    landscape = Templates(plain, DEVICE, ("triton",))
+    first = landscape.promising()
+    second = landscape.promising([first])
+    third = landscape.promising([first, second])
+    assert first["split"] and second["split"] and not third["split"] and third["states"] == "store"
+    settings = Settings(sampler="random", max_points=1, max_stage_trials=1)
+    asked = drive(
+        Decomposed(landscape, settings), lambda candidate: None if candidate.plan.outer["split"] else 1000.0
+    )
+    opened = [landscape.base(None).outer, first, second, third]
+    assert list(dict.fromkeys(candidate.plan.outer for candidate in asked)) == opened
+    refused = drive(Decomposed(landscape, settings), lambda candidate: None)
+    assert len({candidate.plan.outer for candidate in refused}) < 10, "not all there are"
+
+
 def test_the_next_point_is_begun_while_a_plan_that_was_put_together_is_compiled(recorded):
     strategy = Decomposed(recorded, Settings(sampler="exhaustive", max_points=2))
     while (asked := strategy.ask()).stage is not None or not strategy.plan_times:
