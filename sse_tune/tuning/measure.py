@@ -141,7 +141,8 @@ def compare(
     calls = dict(sides)
     if where.type == "cuda":
         if graph:
-            calls = {name: captured(call) for name, call in calls.items()}
+            pool = torch.cuda.graph_pool_handle()  # one graph runs at a time: together they take what the largest does
+            calls = {name: captured(call, pool) for name, call in calls.items()}
         sample: Callable[[Callable[[], object]], float] = _GpuSampler(where)
     else:
         sample = _CpuSampler()
