@@ -45,7 +45,7 @@ def factory(
     from tilelang.layout import make_swizzled_layout
 
     io = common.copies(T, PRODUCERS, L, CAPABILITY)
-    rows = specialized.gathering(T, PRODUCERS, L, H)
+    rows = specialized.chunks(T, io, PRODUCERS, L, H, C, K, V, BV)
     mma = common.products(T, THREADS, CAPABILITY)
     meet = specialized.roles(T, THREADS, PRODUCERS, CAPABILITY)
     NV = V // BV
@@ -61,26 +61,11 @@ def factory(
         at = i % STAGES
         first = first_row + i * C
         n_left = n_rows - i * C
-        if is_shared:
-            rows.gather(shared_k, b_k, at, at_k, tx, C, K)
-            rows.gather(shared_q, b_q, at, at_k, tx, C, K)
-        else:
-            rows.gather(k, b_k, at, at_k, tx, C, K)
-            rows.gather(q, b_q, at, at_k, tx, C, K)
-        rows.gather(v, b_v, at, at_v, tx, C, BV)
-        io.copy_by_head(P, b_P, at, first, n_left, i_h, 0, tx, C, C)
-        io.copy_by_head(Ag, b_Ag, at, first, n_left, i_h, 0, tx, C, C)
-        io.copy_scalars(k_scale, b_a, at, first, n_left, i_h, tx, C)
-        io.copy_scalars(q_scale, b_c, at, first, n_left, i_h, tx, C)
-        io.copy_scalars(g_cumsum, b_b, at, first, n_left, i_h, tx, C)
+        rows.fetch_keys(q, k, shared_q, shared_k, b_q, b_k, at, at_k, is_shared, tx)
+        rows.gather(v, b_v, at, at_v, tx, BV)
+        rows.fetch_scores(P, Ag, k_scale, q_scale, g_cumsum, b_P, b_Ag, b_a, b_c, b_b, at, first, n_left, i_h, tx)
         if n_left > C:
-            io.load_slots(perm, slots_k, first + C, n_left - C, tx, C, K)
-            io.load_slots(perm, slots_v, first + C, n_left - C, tx, C, BV)
-
-    @T.macro
-    def locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx):
-        rows.locate(slots_k, at_k, i_h, 0, tx, C, K, K)
-        rows.locate(slots_v, at_v, i_h, i_v * BV, tx, C, BV, V)
+            rows.load_slots(perm, slots_k, slots_v, first + C, n_left - C, tx)
 
     @T.prim_func
     def gdn_scan_specialized(
@@ -203,11 +188,10 @@ def factory(
                 tx = thread - THREADS
                 meet.produce()
                 if n_chunks > 0:
-                    io.load_slots(perm, slots_k, first_row, n_rows, tx, C, K)
-                    io.load_slots(perm, slots_v, first_row, n_rows, tx, C, BV)
+                    rows.load_slots(perm, slots_k, slots_v, first_row, n_rows, tx)
                 for i in T.unroll(STAGES - 1):
                     if i < n_chunks:
-                        locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx)
+                        rows.locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx)
                         fetch(
                             i, q, k, v, shared_q, shared_k, P, Ag, k_scale, q_scale, g_cumsum, perm, b_q, b_k, b_v, b_P,
                             b_Ag, b_a, b_c, b_b, slots_k, slots_v, at_k, at_v, first_row, n_rows, i_seg < n_shared, i_h,
@@ -227,7 +211,7 @@ def factory(
                         b_read[i % 2, tx] = b_c[at, tx] * up
                         b_down[i % 2, tx] = a * T.exp(b_b[at, C - 1] - b_b[at, tx])
                     meet.arrive(specialized.READY)
-                    locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx)
+                    rows.locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx)
                     meet.wait(specialized.STATE, meet.all)
                     if i + STAGES - 1 < n_chunks:
                         fetch(

@@ -44,7 +44,7 @@ def factory(
     from tilelang.layout import make_swizzled_layout
 
     io = common.copies(T, PRODUCERS, L, CAPABILITY)
-    rows = specialized.gathering(T, PRODUCERS, L, H)
+    rows = specialized.chunks(T, io, PRODUCERS, L, H, C, K, V, BV)
     mma = common.products(T, THREADS, CAPABILITY)
     meet = specialized.roles(T, THREADS, PRODUCERS, CAPABILITY)
     NV = V // BV
@@ -72,30 +72,15 @@ def factory(
     ):  # fmt: skip
         first = first_row + i * C
         n_left = n_rows - i * C
-        if is_shared:
-            rows.gather(shared_k, b_k, at, at_k, tx, C, K)
-            rows.gather(shared_q, b_q, at, at_k, tx, C, K)
-        else:
-            rows.gather(k, b_k, at, at_k, tx, C, K)
-            rows.gather(q, b_q, at, at_k, tx, C, K)
-        rows.gather_or_zero(do, b_do, at, at_v, n_left, tx, C, BV)
-        io.copy_by_head(P, b_P, at, first, n_left, i_h, 0, tx, C, C)
-        io.copy_by_head(Ag, b_Ag, at, first, n_left, i_h, 0, tx, C, C)
-        io.copy_scalars(k_scale, b_a, at, first, n_left, i_h, tx, C)
-        io.copy_scalars(q_scale, b_c, at, first, n_left, i_h, tx, C)
-        io.copy_scalars(g_cumsum, b_b, at, first, n_left, i_h, tx, C)
+        rows.fetch_keys(q, k, shared_q, shared_k, b_q, b_k, at, at_k, is_shared, tx)
+        rows.gather_or_zero(do, b_do, at, at_v, n_left, tx, BV)
+        rows.fetch_scores(P, Ag, k_scale, q_scale, g_cumsum, b_P, b_Ag, b_a, b_c, b_b, at, first, n_left, i_h, tx)
         if i > 0:
             io.copy_state(h, b_h, at, first_boundary + i - 1, i_h, i_v * BV, tx, K, BV)
         else:
             first_state(initial_state, b_h, at, i_state, i_h, i_v * BV, tx)
         if i > 0:
-            io.load_slots(perm, slots_k, first - C, n_left + C, tx, C, K)
-            io.load_slots(perm, slots_v, first - C, n_left + C, tx, C, BV)
-
-    @T.macro
-    def locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx):
-        rows.locate(slots_k, at_k, i_h, 0, tx, C, K, K)
-        rows.locate(slots_v, at_v, i_h, i_v * BV, tx, C, BV, V)
+            rows.load_slots(perm, slots_k, slots_v, first - C, n_left + C, tx)
 
     @T.macro
     def scale_rows(b_rows, at, b_by, b_scaled, i_of_two, tx):
@@ -240,11 +225,10 @@ def factory(
                 meet.produce()
                 if n_chunks > 0:
                     last = (n_chunks - 1) * C
-                    io.load_slots(perm, slots_k, first_row + last, n_rows - last, tx, C, K)
-                    io.load_slots(perm, slots_v, first_row + last, n_rows - last, tx, C, BV)
+                    rows.load_slots(perm, slots_k, slots_v, first_row + last, n_rows - last, tx)
                 for i_back in T.unroll(STAGES - 1):
                     if i_back < n_chunks:
-                        locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx)
+                        rows.locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx)
                         fetch(
                             n_chunks - 1 - i_back, i_back, q, k, shared_q, shared_k, do, P, Ag, k_scale, q_scale,
                             g_cumsum, perm, h, initial_state, b_q, b_k, b_do, b_P, b_Ag, b_a, b_c, b_b, b_h, slots_k,
@@ -268,7 +252,7 @@ def factory(
                     scale_rows(b_do, at, b_read, b_scaled, i_back % 2, tx)
                     io.fence()
                     meet.arrive(specialized.READY)
-                    locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx)
+                    rows.locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx)
                     meet.wait(specialized.STATE, meet.all)
                     if i >= STAGES - 1:
                         fetch(

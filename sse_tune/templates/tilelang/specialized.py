@@ -93,43 +93,76 @@ def roles(T: Any, consumers: int, producers: int, capability: int) -> SimpleName
     return SimpleNamespace(consume=consume, produce=produce, arrive=arrive, wait=wait, all=threads)
 
 
-def gathering(T: Any, producers: int, lanes: int, heads: int) -> SimpleNamespace:
-    """Copies of a chunk's rows by their tokens, in two steps, so that addresses are there before the slot is free."""
+def chunks(
+    T: Any, io: SimpleNamespace, producers: int, lanes: int, heads: int, C: int, K: int, V: int, BV: int
+) -> SimpleNamespace:
+    """What producers copy of a chunk. Rows are gathered by their tokens in two steps, so that addresses are there
+    before the slot is free: `locate`, then `fetch_keys` and `gather`."""
 
     @T.macro
-    def locate(slots, places, i_h, column, tx, rows, width, whole):
+    def load_slots(perm, slots_k, slots_v, first, n_left, tx):
+        io.load_slots(perm, slots_k, first, n_left, tx, C, K)
+        io.load_slots(perm, slots_v, first, n_left, tx, C, BV)
+
+    @T.macro
+    def locate_rows(slots, places, i_h, column, tx, width, whole):
         """Where the rows that this thread copies begin, by their slots; `whole` is the width of a row."""
-        for p in T.unroll(rows * width // (producers * common.VECTOR)):
+        for p in T.unroll(C * width // (producers * common.VECTOR)):
             o_d = (p * producers + tx) % (width // common.VECTOR) * common.VECTOR
             token = T.Cast("int64", T.truncdiv(slots[p], lanes))
             places[p] = (token * heads + i_h) * whole + column + o_d
 
-    def chunk_of(tile, at, p, tx, width):
+    @T.macro
+    def locate(slots_k, slots_v, at_k, at_v, i_h, i_v, tx):
+        locate_rows(slots_k, at_k, i_h, 0, tx, K, K)
+        locate_rows(slots_v, at_v, i_h, i_v * BV, tx, BV, V)
+
+    def piece(tile, at, p, tx, width):
         i = p * producers + tx
         return tile[at, i // (width // common.VECTOR), i % (width // common.VECTOR) * common.VECTOR]
 
     @T.macro
-    def gather(source, tile, at, places, tx, rows, width):
+    def gather(source, tile, at, places, tx, width):
         """A tile of rows."""
-        for p in T.unroll(rows * width // (producers * common.VECTOR)):
+        for p in T.unroll(C * width // (producers * common.VECTOR)):
             T.ptx_cp_async(
-                T.access_ptr(chunk_of(tile, at, p, tx, width), "w", common.VECTOR),
+                T.access_ptr(piece(tile, at, p, tx, width), "w", common.VECTOR),
                 T.access_ptr(source[0, 0, places[p]], "r", common.VECTOR),
                 common.VECTOR,
             )
 
     @T.macro
-    def gather_or_zero(source, tile, at, places, n_left, tx, rows, width):
+    def gather_or_zero(source, tile, at, places, n_left, tx, width):
         """A tile of rows; those past the end are 0."""
-        for p in T.unroll(rows * width // (producers * common.VECTOR)):
+        for p in T.unroll(C * width // (producers * common.VECTOR)):
             T.ptx_cp_async(
-                T.access_ptr(chunk_of(tile, at, p, tx, width), "w", common.VECTOR),
+                T.access_ptr(piece(tile, at, p, tx, width), "w", common.VECTOR),
                 T.access_ptr(source[0, 0, places[p]], "r", common.VECTOR),
                 common.VECTOR,
                 predicate=(p * producers + tx) // (width // common.VECTOR) < n_left,
             )
 
-    return SimpleNamespace(locate=locate, gather=gather, gather_or_zero=gather_or_zero)
+    @T.macro
+    def fetch_keys(q, k, shared_q, shared_k, b_q, b_k, at, at_k, is_shared, tx):
+        if is_shared:
+            gather(shared_k, b_k, at, at_k, tx, K)
+            gather(shared_q, b_q, at, at_k, tx, K)
+        else:
+            gather(k, b_k, at, at_k, tx, K)
+            gather(q, b_q, at, at_k, tx, K)
+
+    @T.macro
+    def fetch_scores(P, Ag, k_scale, q_scale, g_cumsum, b_P, b_Ag, b_a, b_c, b_b, at, first, n_left, i_h, tx):
+        io.copy_by_head(P, b_P, at, first, n_left, i_h, 0, tx, C, C)
+        io.copy_by_head(Ag, b_Ag, at, first, n_left, i_h, 0, tx, C, C)
+        io.copy_scalars(k_scale, b_a, at, first, n_left, i_h, tx, C)
+        io.copy_scalars(q_scale, b_c, at, first, n_left, i_h, tx, C)
+        io.copy_scalars(g_cumsum, b_b, at, first, n_left, i_h, tx, C)
+
+    return SimpleNamespace(
+        load_slots=load_slots, locate=locate, gather=gather, gather_or_zero=gather_or_zero, fetch_keys=fetch_keys,
+        fetch_scores=fetch_scores,
+    )  # fmt: skip
 
 
 def launch(call: Call, module: str, values: dict[str, Any], arguments: dict[str, Any]) -> None:
