@@ -74,7 +74,7 @@ MAX_SPILL_BYTES: dict[tuple[str, str], int] = {
     ("gla_scan", "sm_80"): 40,
     ("gla_state_gradient", "sm_80"): 72,
     ("gla_state_gradient", "sm_90"): 16,
-    ("gla_decay_rows", "sm_80"): 760,
+    ("gla_decay_rows", "sm_80"): 1080,
     ("gla_decay_rows", "sm_90"): 288,
     ("gla_decay_rows", "sm_100"): 352,
     ("gla_value_gradients", "sm_80"): 10,
@@ -84,8 +84,8 @@ MAX_SPILL_BYTES: dict[tuple[str, str], int] = {
     ("gla_states_value_gradients", "sm_100"): 20,
     # of the launch for gates that are not near; of the other 4808, 128, 176
     ("gla_gradients_sliced", "sm_80"): 6224,
-    ("gla_gradients_sliced", "sm_90"): 336,
-    ("gla_gradients_sliced", "sm_100"): 176,
+    ("gla_gradients_sliced", "sm_90"): 464,
+    ("gla_gradients_sliced", "sm_100"): 256,
 }
 # of GDN's scan where it keeps states
 MAX_SPILL_BYTES_KEEPING: dict[str, int] = {"sm_80": 7660, "sm_90": 140, "sm_100": 0}

@@ -18,6 +18,7 @@ from sse_tune.templates import registry
 from sse_tune.templates.buffers import Sizes
 from sse_tune.templates.registry import default_plan, templates_for, templates_of
 from sse_tune.templates.stages import GRAPHS, stages_of
+from sse_tune.templates.triton.gla_gates import FAR_FLAGS
 from tests.templates.against_reference import DEVICE, compare, kernels, make_inputs, outer_of, problem_of
 
 pytestmark = pytest.mark.interpret
@@ -309,6 +310,17 @@ def test_gla_takes_near_and_far_gates(norm, gate, head_dim, poisoned_empty):
     inputs = make_inputs(problem, initial=True, gate=gate)
     inputs.g[:25] *= 0.01
     compare(problem, inputs, poisoned_empty, outer=outer_of(problem, chunk_size=32, states="store"))
+
+
+@pytest.mark.parametrize("states", ["recompute", "store"])
+def test_gla_finds_far_gates_among_many_chunks(states, poisoned_empty):
+    """Two blocks look for them, here among the flags that come last."""
+    problem = problem_of("gla", "none", seq_len=300, num_sequences=2, num_heads=1, head_dim=16)
+    outer = outer_of(problem, chunk_size=16, states=states)
+    assert FAR_FLAGS < Sizes.of(problem, outer).chunks < 2 * FAR_FLAGS
+    inputs = make_inputs(problem, [200, 100], initial=True, gate=0.01)
+    inputs.g[230:260] = -30.0
+    compare(problem, inputs, poisoned_empty, outer=outer)
 
 
 @NORMS

@@ -22,6 +22,7 @@ from sse_tune.templates.registry import Call, Template
 from sse_tune.templates.triton import common, gla_gates
 from sse_tune.templates.triton.common import chunk_entry, chunk_rows, key_tile, load_rows, row_scale, store_rows
 from sse_tune.templates.triton.gla_gates import (
+    any_far,
     far_decays,
     gate_parts,
     half_exponent,
@@ -141,19 +142,36 @@ def gla_decay_near_rows_kernel(
 @triton.jit
 def gla_decay_far_rows_kernel(
     q, k, g, shared_q, shared_k, shared_g, P, qg, kg, decay, k_scale, q_scale, far, perm, weights, chunk_table, scale,
-    M, n_shared,
+    M, n_shared, n_flags,
+    H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
+    WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, LEVELS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    """The chunks that are flagged."""
+    if not any_far(far, n_flags, FLAGS):
+        return
+    for i in range(FLAGS):
+        i_flag = tl.program_id(0) + i * tl.num_programs(0)
+        if i_flag < n_flags:
+            i_seg, first_row, n_rows, _, _ = chunk_entry(chunk_table, i_flag // H)
+            if (i_seg >= 0) & (tl.load(far + i_flag) != 0):
+                far_rows(
+                    q, k, g, shared_q, shared_k, shared_g, P, qg, kg, decay, k_scale, q_scale, perm, weights, scale, M,
+                    n_shared, i_flag, i_seg, first_row, n_rows, H, K, C, L, WRITERS, READERS, NORM, PRECISION, BK,
+                    LEVELS,
+                )  # fmt: skip
+
+
+@triton.jit
+def far_rows(
+    q, k, g, shared_q, shared_k, shared_g, P, qg, kg, decay, k_scale, q_scale, perm, weights, scale, M, n_shared,
+    i_flag, i_seg, first_row, n_rows,
     H: tl.constexpr, K: tl.constexpr, C: tl.constexpr, L: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
     BK: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
-    """The chunks that are flagged."""
-    i_c = tl.program_id(0) // H
-    i_h = tl.program_id(0) % H
-    i_seg, first_row, n_rows, _, _ = chunk_entry(chunk_table, i_c)
-    if i_seg < 0:
-        return
-    if tl.load(far + tl.program_id(0)) == 0:
-        return
+    i_c = i_flag // H
+    i_h = i_flag % H
     p_q = tl.where(i_seg < n_shared, shared_q, q)
     p_k = tl.where(i_seg < n_shared, shared_k, k)
     p_g = tl.where(i_seg < n_shared, shared_g, g)
@@ -213,8 +231,10 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
         scale=call.scale,
         BK=int(call.config["block_k"]),
     )
-    for kernel in (gla_decay_near_rows_kernel, gla_decay_far_rows_kernel):
-        call.launch(kernel, (blocks,), arguments, num_warps=int(call.config["num_warps"]), num_stages=1)
+    warps = int(call.config["num_warps"])
+    call.launch(gla_decay_near_rows_kernel, (blocks,), arguments, num_warps=warps, num_stages=1)
+    far_blocks, flags = gla_gates.far_launch(blocks)
+    call.launch(gla_decay_far_rows_kernel, (far_blocks,), arguments | flags, num_warps=warps, num_stages=1)
 
 
 TEMPLATE = Template(

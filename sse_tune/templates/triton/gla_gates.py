@@ -28,11 +28,25 @@ from sse_tune.templates.triton.common import load_rows, log_gate
 MODULE = "sse_tune.templates.triton.gla_gates"
 
 NEAR_NATS = tl.constexpr(40.0)  # e^80, the largest product, times any operands is a finite fp32
+FAR_FLAGS = 32  # that a block looks after: one block each would take longer to start than all of them to be read
 
 
 def levels(call: Call) -> dict[str, Any]:
     """How often a chunk can be halved."""
     return dict(LEVELS=call.sizes.chunk_size.bit_length() - 1)
+
+
+def far_launch(flags: int) -> tuple[int, dict[str, int]]:
+    """Blocks of the launch for what is flagged as far, and their arguments."""
+    return triton.cdiv(flags, FAR_FLAGS), dict(n_flags=flags, FLAGS=FAR_FLAGS)
+
+
+@triton.jit
+def any_far(far, n_flags, FLAGS: tl.constexpr):
+    """Whether a flag is set of those that this block looks after: every num_programs-th one. Chunks beyond the last
+    have not written theirs."""
+    o_flag = tl.program_id(0) + tl.arange(0, FLAGS) * tl.num_programs(0)
+    return tl.max(tl.abs(tl.load(far + o_flag, mask=o_flag < n_flags, other=0))) > 0
 
 
 @triton.jit

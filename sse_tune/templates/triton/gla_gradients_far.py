@@ -5,7 +5,7 @@ With dA of a level's pairs alone, and Z as in gla_gradients_sliced,
     Yq = dA Zk,  Yk = dAᵀ Zq,     Xq += E Yq,  Xk += F Yk,  db += Zq Yq - Zk Yk
 
 Both sides of a pair so enter db with the same rounded factors and cancel where they must; pairs i = j, which have no
-decay, stay out of it. Blocks that find no flag end at once.
+decay, stay out of it. A block looks after the flags of several slices and ends at once where none is set.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from sse_tune.templates.triton.common import (
     state_index,
 )
 from sse_tune.templates.triton.gla_gates import (
+    any_far,
     far_decays,
     gate_parts,
     half_exponent,
@@ -38,7 +39,33 @@ MODULE = "sse_tune.templates.triton.gla_gradients_far"
 def gla_far_kernel(
     q, k, v, g, do, shared_q, shared_k, shared_g, k_scale, q_scale, h, dh, initial_state, d_final_state, perm, weights,
     chunk_table, dq_rows, dk_rows, dg_rows, de_rows, d_shared_q, d_shared_k, d_shared_g, far, sums, scale, M, n_shared,
-    n_shared_rows, n_sequences,
+    n_shared_rows, n_sequences, n_flags,
+    H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
+    HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
+    WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
+    BK: tl.constexpr, BV: tl.constexpr, LEVELS: tl.constexpr, FLAGS: tl.constexpr,
+):  # fmt: skip
+    if not any_far(far, n_flags, FLAGS):
+        return
+    for i in range(FLAGS):
+        i_slice = tl.program_id(0) + i * tl.num_programs(0)
+        if i_slice < n_flags:
+            i_seg, first_row, n_rows, i_before, i_after = chunk_entry(chunk_table, i_slice // (tl.cdiv(K, BK) * H))
+            if (i_seg >= 0) & (tl.load(far + i_slice) != 0):
+                far_slice(
+                    q, k, v, g, do, shared_q, shared_k, shared_g, k_scale, q_scale, h, dh, initial_state, d_final_state,
+                    perm, weights, dq_rows, dk_rows, dg_rows, de_rows, d_shared_q, d_shared_k, d_shared_g, sums, scale,
+                    M, n_shared, n_shared_rows, n_sequences, i_slice, i_seg, first_row, n_rows, i_before, i_after,
+                    H, K, V, C, L, PARTITIONS, HAS_SHARED, HAS_INITIAL, HAS_FINAL, WRITERS, READERS, NORM, PRECISION,
+                    BK, BV, LEVELS,
+                )  # fmt: skip
+
+
+@triton.jit
+def far_slice(
+    q, k, v, g, do, shared_q, shared_k, shared_g, k_scale, q_scale, h, dh, initial_state, d_final_state, perm, weights,
+    dq_rows, dk_rows, dg_rows, de_rows, d_shared_q, d_shared_k, d_shared_g, sums, scale, M, n_shared, n_shared_rows,
+    n_sequences, i_slice, i_seg, first_row, n_rows, i_before, i_after,
     H: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr, L: tl.constexpr, PARTITIONS: tl.constexpr,
     HAS_SHARED: tl.constexpr, HAS_INITIAL: tl.constexpr, HAS_FINAL: tl.constexpr,
     WRITERS: tl.constexpr, READERS: tl.constexpr, NORM: tl.constexpr, PRECISION: tl.constexpr,
@@ -46,13 +73,8 @@ def gla_far_kernel(
 ):  # fmt: skip
     NK: tl.constexpr = (K + BK - 1) // BK
     NV: tl.constexpr = (V + BV - 1) // BV
-    i_k = tl.program_id(0) % NK
-    i_h = (tl.program_id(0) // NK) % H
-    i_seg, first_row, n_rows, i_before, i_after = chunk_entry(chunk_table, tl.program_id(0) // (NK * H))
-    if i_seg < 0:
-        return
-    if tl.load(far + tl.program_id(0)) == 0:
-        return
+    i_k = i_slice % NK
+    i_h = (i_slice // NK) % H
     is_shared = i_seg < n_shared
     o_c = tl.arange(0, C)
     o_k = i_k * BK + tl.arange(0, BK)

@@ -11,7 +11,7 @@ Near gates, as gla_gates has it: with E = e^(b - r), Zq = E q̂, Zk = k̂ / E, t
     Xq / E = e^r (dO hᵀ) + dA Zk     E Xk = e^(b_C - r) (V dhᵀ) + dAᵀ Zq     db = Zq (Xq / E) - Zk (E Xk)
 
 so that both sides of a pair enter db with the same rounded factors and cancel where they must. Slices that are not near
-are flagged and left to gla_gradients_far, a second launch of as many blocks.
+are flagged and left to gla_gradients_far, a second launch.
 
 Registers are what limits this kernel: rows are read twice rather than held, <h, dh> is the diagonal of a product, and
 what all rows of dg share is added after the sum.
@@ -199,8 +199,11 @@ def run(call: Call, tensors: Mapping[str, torch.Tensor]) -> None:
     )
     stages = int(call.config["num_stages"])
     call.launch(gla_slice_kernel, (blocks * slices,), arguments, num_warps=warps, num_stages=stages)
+    far_blocks, flags = gla_gates.far_launch(blocks * slices)
     # num_stages=1: h and dh are read by products and by <h, dh>: pipelined, Triton 3.6 overwrites them too early
-    call.launch(gla_gradients_far.gla_far_kernel, (blocks * slices,), arguments, num_warps=FAR_WARPS, num_stages=1)
+    call.launch(
+        gla_gradients_far.gla_far_kernel, (far_blocks,), arguments | flags, num_warps=FAR_WARPS, num_stages=1
+    )
     if slices > 1:
         unused = (
             "g", "shared_g", "v", "do", "h", "dh", "initial_state", "d_final_state", "far", "dg_rows", "d_shared_g",
