@@ -1,9 +1,10 @@
 """The heads of a call in groups, one after the other: less memory, for copies of each group's tensors.
 
 Heads share nothing but the router's choice, so a call of H heads is `groups` calls of H / groups heads each. What lies
-between two stages is that of one group at a time; what the forward pass leaves for the backward pass, and the results,
-are those of all. Kernels take whole tensors: a group's inputs are copied out, for the backward pass once more rather
-than kept. The gradient of the router's logits is the sum over the groups.
+between two stages is that of one group at a time, and so is what the forward pass leaves for the backward pass: it is
+kept of the last group, with which the backward pass begins; that of the others is made by their forward pass again.
+Kernels take whole tensors: a group's inputs are copied out, for the backward pass once more rather than kept. The
+gradient of the router's logits is the sum over the groups.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class _Function(torch.autograd.Function):
         results, saved = _forward(given, names, settings, groups)
         ctx.set_materialize_grads(False)
         ctx.names, ctx.settings, ctx.groups = names, settings, groups
-        ctx.save_for_backward(*given, *(tensor for left in saved for tensor in left))
+        ctx.save_for_backward(*given, *saved)
         return tuple(results)
 
     @staticmethod
@@ -65,17 +66,21 @@ class _Function(torch.autograd.Function):
         del held
         ctx.maybe_clear_saved_tensors()  # unless the graph is kept, a group's are let go as its pass has read them
         do, d_final_state = result_gradients(grads, tensors["v"], settings.output_final_state)
-        each = len(saved) // groups
         parts: list[list[Tensor]] = []
-        for group in range(groups):
-            mine, saved = saved[:each], saved[each:]
+        for group in reversed(range(groups)):
+            part = _part(tensors, group, groups)
+            if group < groups - 1:
+                with torch.no_grad():
+                    saved = run_forward(part, ctx.names, settings)[1]
             parts.append(
                 gradients(
-                    _part(tensors, group, groups), ctx.names, mine, heads_of("o", do, group, groups).contiguous(),
+                    part, ctx.names, saved, heads_of("o", do, group, groups).contiguous(),
                     None if d_final_state is None else heads_of("", d_final_state, group, groups).contiguous(),
                     settings,
                 )
             )  # fmt: skip
+            del part, saved
+        parts.reverse()
         by_name = {}
         for name in reversed(gradient_names(names)):
             by_name[name] = _joined(name, [part.pop() for part in parts])
@@ -84,12 +89,12 @@ class _Function(torch.autograd.Function):
 
 def _forward(
     given: Sequence[Tensor], names: str, settings: Settings, groups: int
-) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The results of all heads, and what each group leaves for the backward pass."""
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The results of all heads, and what the last group leaves for the backward pass."""
     tensors, results, saved = dict(zip(names.split(","), given)), [], []
     for group in range(groups):
-        found, left = run_forward(_part(tensors, group, groups), names, settings)
-        saved.append(left)
+        saved = []  # of the group before: let go before this one's is made
+        found, saved = run_forward(_part(tensors, group, groups), names, settings)
         if group == 0:
             shapes = [(*x.shape[:AXIS], x.shape[AXIS] * groups, *x.shape[AXIS + 1 :]) for x in found]
             results = [x.new_empty(shape) for x, shape in zip(found, shapes)]

@@ -57,7 +57,8 @@ def sse_attention(
         cu_seqlens: `[S + 1]` int32 or int64 on the device of q, first token of each packed sequence and T; B == 1.
             None: S = B sequences of T tokens.
         head_groups: the heads are computed in so many groups, one after the other, by the kernels known for the heads
-            of one group; divides H. Less memory at the peak, for copies of each group's inputs (docs/memory.md).
+            of one group; divides H. Less memory at the peak and between the passes, for copies of each group's inputs
+            and, training, for the forward pass of all groups but one run twice (docs/memory.md).
 
     Returns:
         o `[B, T, H, V]` in the dtype of v, and the final state `[S, P, H, K, V]` fp32 or None.

@@ -137,3 +137,29 @@ def test_a_group_is_a_problem_of_fewer_heads():
     arguments = arguments_of(make_case("gdn", heads=4))
     whole, part = (pose(check(dataclasses.replace(arguments, head_groups=groups))) for groups in (1, 4))
     assert part == whole.replace(num_heads=1)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_one_group_is_kept_for_the_backward_pass(groups, fakes, monkeypatch):
+    """The last one, with which the backward pass begins; the others' forward pass is run again, once each."""
+    case = make_case("gdn", heads=4)
+    kept, order, find = [], [], fakes.run
+    for name in ("q", "shared_q"):
+        case[name].requires_grad_()
+
+    def run(stage, call, tensors):
+        if stage in ("scan", "gradients"):
+            order.append((stage, float(tensors["q"].flatten()[0])))
+        find(stage, call, tensors)
+
+    monkeypatch.setattr(fakes, "run", run)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        staged(**case)
+        of_one = len(kept)
+        order.clear()
+        o, _ = staged(**case, head_groups=groups)
+    assert len(kept) == 2 * of_one
+    o.sum().backward()
+    firsts = [float(case["q"].detach()[0, 0, group * 4 // groups, 0]) for group in range(groups)]
+    again = [item for first in reversed(firsts[:-1]) for item in (("scan", first), ("gradients", first))]
+    assert order == [*(("scan", first) for first in firsts), ("gradients", firsts[-1]), *again]
