@@ -91,7 +91,8 @@ def _forward(
     given: Sequence[Tensor], names: str, settings: Settings, groups: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """The results of all heads, and what the last group leaves for the backward pass."""
-    tensors, results, saved = dict(zip(names.split(","), given)), [], []
+    tensors, results = dict(zip(names.split(","), given)), []
+    saved: list[Tensor] = []
     for group in range(groups):
         saved = []  # of the group before: let go before this one's is made
         found, saved = run_forward(_part(tensors, group, groups), names, settings)
