@@ -105,9 +105,12 @@ def _compile_peers(problems: list[Problem], device: Device) -> None:
     from sse_tune.bench.ahead import compile_peers
     from sse_tune.bench.peers import checked_problem
 
-    for problem in dict.fromkeys(map(checked_problem, problems)):
+    alike: dict[Problem, list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault(checked_problem(problem), []).append(problem)
+    for of_one_kind in alike.values():
         _tell("compiling what the peers run and their tuning tries: minutes, the first time")
-        failed = sum(code != 0 for code in compile_peers(problem, device))
+        failed = sum(code != 0 for code in compile_peers(of_one_kind, device))
         if failed:
             _tell(f"{failed} processes that compile for peers failed: the peers' tuning takes longer")
 

@@ -11,10 +11,10 @@ import concurrent.futures
 import itertools
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from sse_tune.bench.peers import cannot, peers_of, run_of
+from sse_tune.bench.peers import Peer, cannot, checked_problem, peers_of, run_of
 from sse_tune.bench.sides import calls_of
 from sse_tune.device import Device, usable_cores
 from sse_tune.plan import Plan
@@ -41,12 +41,13 @@ def compile_plans(plans: Iterable[tuple[Problem, Plan]], device: Device) -> None
             concurrent.futures.wait([pool.submit(*piece) for piece in pieces])
 
 
-def compile_peers(problem: Problem, device: Device, limit_s: float = PEERS_LIMIT_S) -> tuple[int, ...]:
-    """Runs all peers of a problem in processes that each compile a share of the candidates; the first one runs those
-    peers too that have none.
+def compile_peers(problems: Sequence[Problem], device: Device, limit_s: float = PEERS_LIMIT_S) -> tuple[int, ...]:
+    """Runs all peers of problems that differ in their length alone: those that tune by Triton on a small one, in
+    processes that each compile a share of the candidates; the others on each problem, which may take other kernels of
+    theirs, and on the small one, in a process each.
 
     Args:
-        problem: a small one; what is compiled does not depend on the length.
+        problems: the ones to be measured.
         device: a GPU.
         limit_s: after which processes are stopped.
 
@@ -54,9 +55,12 @@ def compile_peers(problem: Problem, device: Device, limit_s: float = PEERS_LIMIT
         The processes' exit codes, 0 where all went well. One that failed has said why on stderr; nothing is lost by it
         but time, since whatever it would have compiled is compiled when the peer runs.
     """
-    count = min(_MOST_PROCESSES, usable_cores())
+    count, small = min(_MOST_PROCESSES, usable_cores()), checked_problem(problems[0])
     spawned = multiprocessing.get_context("spawn")
-    processes = [spawned.Process(target=_run_share, args=(problem, device, i, count)) for i in range(count)]
+    processes = [spawned.Process(target=_run_share, args=(small, device, i, count)) for i in range(count)]
+    if any(not peer.tunes_by_triton and cannot(peer, small) is None for peer in peers_of(small)):
+        wholes = dict.fromkeys((small, *problems))
+        processes += [spawned.Process(target=_run_whole, args=(problem, device)) for problem in wholes]
     for process in processes:
         process.start()
     ends = time.monotonic() + limit_s
@@ -72,10 +76,17 @@ def _run_share(problem: Problem, device: Device, index: int, count: int) -> None
     from triton.runtime.autotuner import Autotuner
 
     Autotuner._bench = sharing(Autotuner._bench, index, count)
+    _run([peer for peer in peers_of(problem) if peer.tunes_by_triton], problem, device)
+
+
+def _run_whole(problem: Problem, device: Device) -> None:
+    _run([peer for peer in peers_of(problem) if not peer.tunes_by_triton], problem, device)
+
+
+def _run(peers: list[Peer], problem: Problem, device: Device) -> None:
     case = workload(problem, torch_device(device))
-    for peer in peers_of(problem):
-        has_share = peer.tunes_by_triton or index == 0
-        if has_share and cannot(peer, problem) is None:
+    for peer in peers:
+        if cannot(peer, problem) is None:
             run = run_of(peer, problem, peer.load(problem), case.scale)
             for call in calls_of(run, problem, case.inputs, case.do).values():
                 call()

@@ -88,5 +88,32 @@ def test_each_candidate_is_run_in_one_of_the_processes(monkeypatch, count):
 
 
 def test_a_process_that_does_not_end_in_time_is_stopped_and_counted():
-    codes = ahead.compile_peers(PROBLEM.replace(seq_len=64), ARCHS["sm_90"], limit_s=0.0)
+    codes = ahead.compile_peers([PROBLEM.replace(seq_len=64)], ARCHS["sm_90"], limit_s=0.0)
     assert codes and all(codes)
+
+
+def test_peers_that_do_not_tune_run_at_each_length_too(monkeypatch):
+    """Which of their kernels they take may follow from it."""
+    started = []
+
+    class Process:
+        exitcode = 0
+
+        def __init__(self, target, args):
+            self.target, self.args = target, args
+
+        def start(self):
+            started.append((self.target, self.args))
+
+        def join(self, timeout=None):
+            pass
+
+        def is_alive(self):
+            return False
+
+    monkeypatch.setattr(ahead.multiprocessing, "get_context", lambda _: type("Spawned", (), {"Process": Process}))
+    monkeypatch.setattr(ahead, "cannot", lambda peer, problem: None)
+    small, *long = [PROBLEM.replace(seq_len=length) for length in (512, 8192, 32768)]
+    ahead.compile_peers(long, HOPPER)
+    assert [args[0] for target, args in started if target is ahead._run_whole] == [small, *long]
+    assert {args[0] for target, args in started if target is ahead._run_share} == {small}
