@@ -20,13 +20,13 @@ from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import Decision
 from sse_tune.runtime.kernel import Kernel
-from sse_tune.runtime.pipeline import Execution, Inputs
+from sse_tune.runtime.pipeline import WITHOUT_TOKENS, Execution, Inputs
 from sse_tune.tuning import measure
 from sse_tune.tuning.inputs import Case
 from sse_tune.tuning.jobs import in_graph, torch_device
 from sse_tune.tuning.measure import Timing, compare
 
-Run = Callable[[Inputs], Tensor]  # inputs -> o [R, H, V], differentiable
+Run = Callable[[Inputs], Tensor]  # inputs -> o, differentiable; tokens [R] in both, or [B, T] in both
 GRAPH = ", graph"
 _WITH_GRADIENT = (
     "q", "k", "v", "g", "beta", "shared_q", "shared_k", "shared_g", "shared_beta", "router_logits"
@@ -106,28 +106,30 @@ def calls_of(run: Run, problem: Problem, inputs: Inputs, do: Tensor) -> dict[str
     return calls
 
 
-def own_run(plan: Plan, problem: Problem, device: Device, scale: float, head_groups: int = 1) -> Run:
-    """A plan of this project, called as its users call it: checks, dispatch and autograd included. With `head_groups`
-    the problem and the plan are those of one group, the inputs of all."""
+def own_calls(
+    plan: Plan, problem: Problem, device: Device, case: Case, head_groups: int = 1
+) -> dict[str, Callable[[], object]]:
+    """Direction to call of a plan of this project as its users call it: checks, dispatch and autograd included, tokens
+    `[B, T]` as users have them. With `head_groups` problem and plan are those of one group, the inputs those of all."""
     kernel = Kernel(problem, device, Decision(plan, "given", "named by the benchmark"))
-    rows = (problem.batch, problem.seq_len)
+    shape = (problem.batch, problem.seq_len)
+    tokens = {
+        name: tensor.unflatten(0, shape)
+        for name, tensor in case.inputs.present().items()
+        if name not in WITHOUT_TOKENS
+    }
 
-    def run(inputs: Inputs) -> Tensor:
-        x = {
-            name: tensor if name == "cu_seqlens" else tensor.unflatten(0, rows)
-            for name, tensor in inputs.present().items()
-        }
+    def run(x: Inputs) -> Tensor:
         o, _ = kernel(
-            x["q"], x["k"], x["v"], x["g"], x.get("router_logits"), problem.top_k if problem.num_partitions else None,
-            beta=x.get("beta"), shared_q=x.get("shared_q"), shared_k=x.get("shared_k"), shared_g=x.get("shared_g"),
-            shared_beta=x.get("shared_beta"), qk_l2norm=problem.norm != "none",
-            gate_before_norm=problem.norm == "before", scale=scale,
+            x.q, x.k, x.v, x.g, x.router_logits, problem.top_k if problem.num_partitions else None, beta=x.beta,
+            shared_q=x.shared_q, shared_k=x.shared_k, shared_g=x.shared_g, shared_beta=x.shared_beta,
+            qk_l2norm=problem.norm != "none", gate_before_norm=problem.norm == "before", scale=case.scale,
             read_k=problem.readers if problem.num_partitions else None,
-            cu_seqlens=x["cu_seqlens"] if problem.num_sequences is not None else None, head_groups=head_groups,
+            cu_seqlens=x.cu_seqlens if problem.num_sequences is not None else None, head_groups=head_groups,
         )  # fmt: skip
-        return o.flatten(0, 1)
+        return o
 
-    return run
+    return calls_of(run, problem, dataclasses.replace(case.inputs, **tokens), case.do.unflatten(0, shape))
 
 
 def graph_pool(device: Device) -> Any:
@@ -147,8 +149,7 @@ def own_sides(
         pool: of `graph_pool`.
         left_out: gets what does not fit in memory.
     """
-    run = own_run(plan, problem, device, case.scale)
-    call = calls_of(run, problem, case.inputs, case.do)[problem.direction]
+    call = own_calls(plan, problem, device, case)[problem.direction]
     sides: list[Side] = []
     with leaving_out(name, problem.direction, left_out):
         sides.append(Side(name, problem.direction, call, peak_bytes(call, device)))
@@ -176,8 +177,7 @@ def grouped_side(
         plan, part: those of one group.
         device, case, left_out: see `own_sides`.
     """
-    run = own_run(plan, part, device, case.scale, groups)
-    call = calls_of(run, part, case.inputs, case.do)[part.direction]
+    call = own_calls(plan, part, device, case, groups)[part.direction]
     with leaving_out(name, part.direction, left_out):
         return [Side(name, part.direction, call, peak_bytes(call, device))]
     return []
