@@ -148,9 +148,6 @@ def _search(engine: Engine, backends: tuple[str, ...], sampler: str, target: flo
         holder = incumbent(recorder.database, entry.problem, device, workload.problems)
         is_searched = holder is not None and {choice.backend for choice in holder.stages.values()} <= set(backends)
         holders.append(holder if is_searched else None)
-    for holder in dict.fromkeys(plan for plan in holders if plan is not None):
-        recorder.report("admitting the incumbent", 0, 1)
-        engine.evaluate(Candidate("plan", holder))
     storage = shared_storage(recorder.database)
     groups = [staged] if staged else []
     groups += [(backend,) for backend in backends if graph_of(backend) == "whole"]
@@ -170,6 +167,9 @@ def _search(engine: Engine, backends: tuple[str, ...], sampler: str, target: flo
         strategy = kind(Templates(workload, device, group), settings, of_graph)  # type: ignore[call-arg]
         engine.run(strategy, share)
         found += strategy.plans()
+    for holder in dict.fromkeys(plan for plan in holders if plan is not None):  # if exploring ended before its turn
+        recorder.report("admitting the incumbent", 0, 1)
+        engine.evaluate(Candidate("plan", holder))
     admitted = engine.known(Candidate("plan", default))
     if not found and (admitted is None or admitted.time_us is None):
         reason = f"{first.outcome}, {first.reason}"

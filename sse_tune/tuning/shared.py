@@ -95,20 +95,22 @@ def _of_other_streams(wanted: Bucket, answers: Sequence[Answer]) -> list[tuple[f
 def incumbent(
     database: TuningDatabase, problem: Problem, device: Device, others: Sequence[Problem] = ()
 ) -> Plan | None:
-    """The plan of the stored answer for this very bucket, if it still fits; None: the default is what would run.
+    """The plan of the stored answer that a call would take here without a search, of this bucket or the nearest one;
+    None: the default is what would run.
 
     An answer that cannot run `others`, the further problems of a workload, is passed over: the database keeps it where
     it is the faster one.
     """
     present = toolchain()
-    answers = (*database.answers(device.slug, problem.bucket.name), *shipped_answers(device))
-    fitting = [a for a in answers if a.bucket == problem.bucket.name and fits(a, device, present) is None]
-    for answer in sorted(fitting, key=lambda answer: answer.time_us):
+    answers = (*database.answers(device.slug), *shipped_answers(device))
+    for _, answer in by_distance(problem.bucket, answers):
+        if fits(answer, device, present) is not None:
+            continue
         try:
-            for other in others:
-                if other != problem:
-                    validate_plan(answer.plan, other, device)
-            return answer.plan
+            plan = narrow(answer.plan, problem)
+            for posed in dict.fromkeys((problem, *others)):
+                validate_plan(plan, posed, device)
+            return plan
         except (PlanError, ConstraintError, DeviceError):
             continue
     return None

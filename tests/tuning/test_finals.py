@@ -11,6 +11,7 @@ from sse_tune.device import Device, toolchain
 from sse_tune.errors import SearchError
 from sse_tune.plan import Plan
 from sse_tune.problem import Bucket, Problem
+from sse_tune.runtime.dispatch import decide as decision
 from sse_tune.templates.registry import default_plan
 from sse_tune.tuning import shared
 from sse_tune.tuning.ahead import Compiled
@@ -309,15 +310,20 @@ def test_known_plans_run_by_the_default_what_they_ran_by_a_backend_that_is_not_s
     }
 
 
-def test_the_incumbent_is_the_fastest_answer_that_fits(small, cpu, default, tmp_path):
+def test_the_incumbent_is_what_a_call_would_take(small, cpu, default, tmp_path):
     with TuningDatabase(tmp_path / "tuning.db") as database:
         assert incumbent(database, small, cpu) is None
         stale = varied(default, chunk_size=16)
         database.put_answer(answer_of(small, cpu, stale, 10.0, sources={"torch:whole": "other"}))
         assert incumbent(database, small, cpu) is None
-        kept = varied(default, chunk_size=32)
+        far, near, kept = (varied(default, chunk_size=size) for size in (128, 64, 32))
+        database.put_answer(answer_of(small.replace(seq_len=4096), cpu, far, 1.0))
+        assert incumbent(database, small, cpu) == far, "of another bucket, as a call would take it"
+        database.put_answer(answer_of(small.replace(seq_len=512), cpu, near, 5.0))
+        assert incumbent(database, small, cpu) == near
         database.put_answer(answer_of(small, cpu, kept, 50.0))
         assert incumbent(database, small, cpu) == kept
+        assert decision(small, cpu, database).plan == kept
 
 
 def test_the_always_on_stream_alone_begins_with_what_is_fast_beside_partitions(tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ from sse_tune.tuning.report import SearchInterrupted
 from sse_tune.tuning.search import search
 from sse_tune.tuning.worker import JobResult
 from sse_tune.tuning.workload import Workload
+from tests.tuning.test_finals import answer_of, varied
 
 
 @pytest.fixture
@@ -72,6 +73,15 @@ def test_interrupted_search_keeps_its_trials_and_resumes(small, database):
     plans = [Plan.from_dict(t.plan) for t in database.trials(report.study) if t.outcome == "ok"]
     assert len(plans) == len(set(plans)), "a resumed search must not repeat what was done"
     assert len(plans) == len(ok) + 2
+
+
+def test_what_would_run_without_the_search_is_measured_even_if_its_turn_does_not_come(small, cpu, database):
+    """The answer of a neighbour: a search that ended before it was tried would store a slower one over it."""
+    neighbour = varied(default_plan(small, cpu), chunk_size=16)
+    database.put_answer(answer_of(small.replace(seq_len=2 * small.seq_len), cpu, neighbour))
+    report = search(small, 40, database=database, trials=1, device="cpu")
+    tried = [Plan.from_dict(trial.plan) for trial in database.trials(report.study) if trial.outcome == "ok"]
+    assert tried == [default_plan(small, cpu), neighbour]
 
 
 class PlantedWorker:
