@@ -139,8 +139,9 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         tuple(
             f"sse_tune.templates.triton.{name}"
             for name in (
-                "routing", "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient", "gdn_score_gradients",
-                "gdn_gradients", "gdn_group_states", "gdn_group_gradients",
+                "routing", "routing_recount", "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient",
+                "gdn_score_gradients", "gdn_gradients",
+                "gdn_group_states", "gdn_group_gradients",
                 "gla_prepare", "gla_scan", "gla_recompute", "gla_state_gradient",
                 "gla_decay_rows", "gla_states", "gla_states_split", "gla_output", "gla_states_backward",
                 "gla_states_backward_split", "gla_value_gradients", "gla_states_output", "gla_states_value_gradients",

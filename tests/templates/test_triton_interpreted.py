@@ -25,6 +25,7 @@ pytestmark = pytest.mark.interpret
 
 INF = float("inf")
 RULES = pytest.mark.parametrize("rule", ["gla", "gdn"])
+ROUTINGS = pytest.mark.parametrize("template", ["routing", "routing_recount"])
 NORMS = pytest.mark.parametrize("norm", ["none", "after", "before"])
 
 
@@ -196,7 +197,8 @@ def plain_routing(problem, lengths, partitions, chunk_size):
     ],
     ids=str,
 )
-def test_routing(kind, lengths, partitions, top_k, read_k, shared, poisoned_empty):
+@ROUTINGS
+def test_routing(template, kind, lengths, partitions, top_k, read_k, shared, poisoned_empty):
     problem = Problem(
         rule="gdn", seq_len=sum(lengths), num_heads=1, head_dim=16, dtype="fp32", num_sequences=len(lengths),
         num_partitions=partitions, top_k=top_k, read_k=read_k, shared=shared,
@@ -205,7 +207,7 @@ def test_routing(kind, lengths, partitions, top_k, read_k, shared, poisoned_empt
     expected = route(logits, top_k, read_k)
     for block_t, chunk_size in ((16, 16), (64, 32)):
         inputs = make_inputs(problem, lengths, logits=logits)
-        tensors = run_routing(problem, inputs, block_t, chunk_size, poisoned_empty)
+        tensors = run_routing(template, problem, inputs, block_t, chunk_size, poisoned_empty)
         assert tensors["chosen"][:, int(shared):].tolist() == expected.partitions.tolist()
         torch.testing.assert_close(tensors["weights"][:, int(shared):], expected.weights, rtol=1e-6, atol=1e-12)
         if shared:
@@ -222,9 +224,9 @@ def assert_routing(tensors, by_hand):
         assert tensors[name].tolist() == value, name
 
 
-def run_routing(problem, inputs, block_t, chunk_size, allocate):
+def run_routing(template, problem, inputs, block_t, chunk_size, allocate):
     plan = default_plan(problem, DEVICE, "triton", outer_of(problem, chunk_size=chunk_size))
-    choice = StageChoice("triton", "routing", Config(block_t=block_t, num_warps=4))
+    choice = StageChoice("triton", template, Config(block_t=block_t, num_warps=4))
     execution = Execution(plan, problem, inputs, scale=1.0, allocate=allocate, keep=True)
     for stage in stages_of(problem, plan.outer)[:1]:
         assert stage.name == "routing"
@@ -235,19 +237,21 @@ def run_routing(problem, inputs, block_t, chunk_size, allocate):
     return execution.tensors
 
 
-def test_routing_of_the_plain_stream(poisoned_empty):
+@ROUTINGS
+def test_routing_of_the_plain_stream(template, poisoned_empty):
     problem = Problem(rule="gla", seq_len=21, num_heads=1, head_dim=16, num_partitions=0, top_k=0, num_sequences=3)
     problem = problem.replace(dtype="fp32")
     inputs = make_inputs(problem, [4, 0, 17])
-    tensors = run_routing(problem, inputs, 16, 16, poisoned_empty)
+    tensors = run_routing(template, problem, inputs, 16, 16, poisoned_empty)
     assert_routing(tensors, plain_routing(problem, [4, 0, 17], None, 16))
 
 
-def test_nan_logits_reach_the_weights_and_spare_the_neighbours(poisoned_empty):
+@ROUTINGS
+def test_nan_logits_reach_the_weights_and_spare_the_neighbours(template, poisoned_empty):
     problem = problem_of("gdn")
     logits = hard_logits("normal", 21, 3)
     logits[5, 1] = float("nan")
-    tensors = run_routing(problem, make_inputs(problem, logits=logits), 16, 16, poisoned_empty)
+    tensors = run_routing(template, problem, make_inputs(problem, logits=logits), 16, 16, poisoned_empty)
     assert tensors["chosen"][:, 1:].tolist() == route(logits, 2).partitions.tolist()
     assert tensors["weights"][5, 1:].isnan().all()
     assert not tensors["weights"][[4, 6]].isnan().any()
