@@ -12,14 +12,26 @@ import torch
 from sse_tune.errors import ProblemError
 from sse_tune.problem import Problem
 from sse_tune.runtime import checks
+from sse_tune.runtime.offsets import even_offsets, given_offsets
 from sse_tune.runtime.pipeline import WITHOUT_TOKENS, Inputs
 
 _MAX_SLOTS = 2**31 - 1  # rows are numbered in int32
+_TENSORS = (
+    "q", "k", "v", "g", "beta", "shared_q", "shared_k", "shared_g", "shared_beta", "router_logits", "initial_state",
+    "cu_seqlens",
+)  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Arguments:
-    """The arguments of `sse_attention`, as given; their meaning is told there."""
+    """The arguments of `sse_attention`, as given; their meaning is told there.
+
+    Attributes:
+        tensors: those that are there, by argument name.
+
+    Raises:
+        ProblemError: one that must be a tensor is none.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -40,16 +52,12 @@ class Arguments:
     output_final_state: bool
     cu_seqlens: torch.Tensor | None
     head_groups: int = 1
+    tensors: dict[str, torch.Tensor] = dataclasses.field(init=False, default_factory=dict)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        """The tensors that are there, by argument name."""
-        names = (
-            "q", "k", "v", "g", "beta", "shared_q", "shared_k", "shared_g", "shared_beta", "router_logits",
-            "initial_state", "cu_seqlens",
-        )
-        found = {}
-        for name in names:
-            value = getattr(self, name)
+    def __post_init__(self) -> None:
+        given = vars(self)
+        for name in _TENSORS:
+            value = given[name]
             if value is None and name in ("q", "k", "v", "g"):
                 raise ProblemError(f"`{name}` must be a tensor", f"{name}=None", f"pass {name}")
             if value is None:
@@ -58,8 +66,7 @@ class Arguments:
                 raise ProblemError(
                     f"`{name}` must be a tensor", type(value).__name__, "convert it with torch.as_tensor"
                 )
-            found[name] = value
-        return found
+            self.tensors[name] = value
 
     def scale_value(self) -> float:
         if self.scale is None:
@@ -80,7 +87,7 @@ def check(arguments: Arguments) -> Fields:
     Raises:
         ProblemError: a shape, dtype, device or bound does not hold.
     """
-    tensors = arguments.tensors()
+    tensors = arguments.tensors
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
     if not torch.compiler.is_compiling() and are_plain(tensors.values()):
         fields = _check_once(arguments, tensors, trains)
@@ -95,9 +102,10 @@ def check(arguments: Arguments) -> Fields:
 
 def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all are tensors or parameters themselves, not of a subclass, which may do as it likes."""
-    return all(type(tensor) is torch.Tensor or type(tensor) is torch.nn.Parameter for tensor in tensors)
+    return _PLAIN.issuperset(map(type, tensors))
 
 
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _passed: dict[tuple[object, ...], Fields] = {}  # what `_check` answered; what it refused it sees again
 _MAX_PASSED = 4096
 _NUMBERS = (int, float, type(None))
@@ -183,21 +191,13 @@ def pose(fields: Fields) -> Problem:
     return problem
 
 
-def offsets(arguments: Arguments) -> torch.Tensor:
-    """First token of each sequence of checked arguments and the number of tokens, int32, contiguous."""
-    q, cu_seqlens = arguments.q, arguments.cu_seqlens
-    if cu_seqlens is not None:
-        return cu_seqlens.to(torch.int32).contiguous()
-    batch, seq_len = q.shape[0], q.shape[1]
-    # made on the device: a copy from a Python list would wait for it
-    return torch.arange(0, (batch + 1) * seq_len, seq_len, dtype=torch.int32, device=q.device)
-
-
 def flatten(arguments: Arguments) -> Inputs:
     """The contiguous token streams of checked arguments; copies what is not contiguous."""
-    tensors = {name: tensor for name, tensor in arguments.tensors().items() if name != "cu_seqlens"}
+    tensors = {name: tensor for name, tensor in arguments.tensors.items() if name != "cu_seqlens"}
     streams = {name: flatten_tokens(name, tensor).contiguous() for name, tensor in tensors.items()}
-    return Inputs(**streams, cu_seqlens=offsets(arguments))
+    q, cu_seqlens = arguments.q, arguments.cu_seqlens
+    offsets = even_offsets(q.shape[0], q.shape[1], q.device) if cu_seqlens is None else given_offsets(cu_seqlens)
+    return Inputs(**streams, cu_seqlens=offsets)
 
 
 def flatten_tokens(name: str, tensor: torch.Tensor) -> torch.Tensor:

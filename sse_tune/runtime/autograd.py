@@ -52,23 +52,29 @@ def run_at_once(tensors: dict[str, Tensor], settings: Settings) -> tuple[Tensor,
         settings: of the call.
     """
     names, given = ",".join(tensors), tuple(tensors.values())
-    results: Sequence[Tensor]
+    with torch.no_grad():
+        contiguous = [tensor.contiguous() for tensor in given]
+        done = run_forward(contiguous, names, settings)
+    results: Sequence[Tensor] = done[0]
     if read_problem(settings.problem).trains:
-        results = _Function.apply(names, settings, *given)
-    else:
-        results, _ = run_forward([tensor.contiguous() for tensor in given], names, settings)
+        results = _Function.apply(names, settings, contiguous, done, *given)
     return results[0], results[1] if settings.output_final_state else None
 
 
 class _Function(torch.autograd.Function):
+    """Enters a forward pass that has run into the graph: it is launched before, since what autograd does around a
+    function takes the host tens of microseconds, in which the GPU can run already."""
+
     @staticmethod
-    def forward(ctx: Any, names: str, settings: Settings, *given: Tensor) -> tuple[Tensor, ...]:
-        tensors = [tensor.contiguous() for tensor in given]
-        results, saved = run_forward(tensors, names, settings)
+    def forward(
+        ctx: Any, names: str, settings: Settings, contiguous: list[Tensor], done: tuple[list[Tensor], list[Tensor]],
+        *given: Tensor,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        results, saved = done
         # o and the final state are not needed again
         ctx.set_materialize_grads(False)
         ctx.names, ctx.settings = names, settings
-        ctx.save_for_backward(*tensors, *saved)
+        ctx.save_for_backward(*contiguous, *saved)
         return tuple(results)
 
     @staticmethod
@@ -80,7 +86,7 @@ class _Function(torch.autograd.Function):
         do, d_final_state = result_gradients(grads, tensors[names.index("v")], settings.output_final_state)
         found = gradients(tensors, ctx.names, saved, do, d_final_state, settings)
         by_name = dict(zip(gradient_names(names), found))
-        return None, None, *[by_name.get(name) for name in names]
+        return None, None, None, None, *[by_name.get(name) for name in names]
 
 
 def result_gradients(

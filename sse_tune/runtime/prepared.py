@@ -69,7 +69,8 @@ class Pass:
     def _run_on_gpu(self, tensors: Sequence[Tensor], saved: list[Tensor], device: torch.device) -> Results:
         cubin.enter_context(device.index)
         launches = self._launches(device.index, bound.compiler_state())
-        return self._run(tensors, saved, device, launches, torch.cuda.current_stream(device).cuda_stream)
+        # what `torch.cuda.current_stream` asks, without an object made of it
+        return self._run(tensors, saved, device, launches, torch._C._cuda_getCurrentRawStream(device.index))
 
     def _run(
         self, tensors: Sequence[Tensor], saved: list[Tensor], device: torch.device, launches: Launches, stream: int
@@ -80,7 +81,7 @@ class Pass:
             assert tensor.is_contiguous(), (slot, tensor.shape, tensor.stride())
             table[slot] = tensor.data_ptr()
             if table[slot] % ADDRESS_ALIGNMENT:
-                copies.append(tensor.clone())
+                copies.append(tensor.detach().clone())
                 table[slot] = copies[-1].data_ptr()
         assert [block.nbytes for block in recording.saved_in] == [block.nbytes for block in saved]
         held = dict(enumerate(saved))

@@ -5,7 +5,9 @@ alone, so every later call of the same sizes and dtypes makes the same launches 
 anything beside launching and taking scratch would not be repeated faithfully: recording it is an error.
 
 Words: a *slot* is a place in the table of a call's addresses and numbers; a *block* is one allocation for all buffers
-that are born before one stage and die after one stage, so that no buffer lives longer than it would by itself.
+that are born before one stage and die after one stage, so that no buffer lives longer than it would by itself. Buffers
+of at most SMALL_BYTES do: they share one block from the first to the last of them, since an allocation costs the host
+more than they cost the GPU.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from sse_tune.runtime.pipeline import Execution, Inputs, buffer_spec, gradient_n
 from sse_tune.templates.stages import Stage, stages_of
 
 BLOCK_ALIGNMENT = 512  # bytes, of each buffer in a block: as the CUDA allocator's own
+SMALL_BYTES = 2 * 2**20
 
 Spec = tuple[tuple[int, ...], torch.dtype]  # shape and dtype
 _ALLOCATES = (
@@ -88,17 +91,18 @@ class Recording:
 
 
 def saved_blocks(plan: Plan, problem: Problem) -> tuple[tuple[int, tuple[tuple[str, int], ...]], ...]:
-    """What a forward pass leaves for the backward pass, a block for all that one stage writes and one stage reads last:
-    its bytes, and names and offsets of the buffers in it."""
+    """What a forward pass leaves for the backward pass, a block for all that one stage writes and one stage reads last,
+    and one for what is small: its bytes, and names and offsets of the buffers in it."""
     stages = stages_of(problem, plan.outer)
     writer = {name: stage.name for stage in stages for name in stage.writes}
     last_reader = {name: stage.name for stage in stages for name in stage.reads}
-    groups: dict[tuple[str, str], list[str]] = {}
-    for name in saved_names(plan, problem):
-        groups.setdefault((writer[name], last_reader[name]), []).append(name)
+    sizes = {name: _nbytes(buffer_spec(name, problem, plan)) for name in saved_names(plan, problem)}
+    groups: dict[tuple[str, str] | None, list[str]] = {}
+    for name, size in sizes.items():
+        groups.setdefault((writer[name], last_reader[name]) if size > SMALL_BYTES else None, []).append(name)
     blocks = []
     for names in groups.values():
-        nbytes, offsets = _carve([_nbytes(buffer_spec(name, problem, plan)) for name in names])
+        nbytes, offsets = _carve([sizes[name] for name in names])
         blocks.append((nbytes, tuple(zip(names, offsets))))
     return tuple(blocks)
 
@@ -201,14 +205,17 @@ class _Recorder:
         groups: list[tuple[int, int, list[int]]] = []  # birth, death, members; saved ones first and without a death
         for buffers in saved:
             slots = [self.slot(buffer) for buffer in buffers]
-            groups.append((self._born[slots[0]], -1, slots))
+            groups.append((min(self._born[slot] for slot in slots), -1, slots))
         outliving = set(dtypes).union(*(slots for _, _, slots in groups))
-        passing: dict[tuple[int, int], list[int]] = {}
+        passing: dict[tuple[int, int] | None, list[int]] = {}
         for slot, born in self._born.items():
             # what no launch takes is not allocated at all
             if slot not in outliving and slot in self._last:
-                passing.setdefault((born, self._last[slot]), []).append(slot)
-        groups += [(born, death, slots) for (born, death), slots in passing.items()]
+                passing.setdefault((born, self._last[slot]) if nbytes[slot] > SMALL_BYTES else None, []).append(slot)
+        groups += [
+            (min(self._born[slot] for slot in slots), max(self._last[slot] for slot in slots), slots)
+            for slots in passing.values()
+        ]
         blocks = [self._block([(slot, nbytes[slot]) for slot in slots]) for _, _, slots in groups]
         numbered = list(enumerate(groups))
         # one that no launch reads is held to the end

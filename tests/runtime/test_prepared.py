@@ -50,6 +50,12 @@ def case_of(name, **changes):
     return problem, plan, make_inputs(problem, initial=True)
 
 
+@pytest.fixture
+def nothing_is_small(monkeypatch):
+    """Buffers of these problems are as apart as those of large ones."""
+    monkeypatch.setattr(recording, "SMALL_BYTES", -1)
+
+
 def specs_of(tensors):
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
@@ -306,8 +312,10 @@ def passes_of(name):
     return problem, plan, given, [forward, record_backward(plan, problem, specs_of(given | more), SCALE)]
 
 
+@pytest.mark.parametrize("small", [-1, 1024, recording.SMALL_BYTES])
 @pytest.mark.parametrize("name", CASES)
-def test_launches_use_memory_that_is_there_and_their_own(name):
+def test_launches_use_memory_that_is_there_and_their_own(name, small, monkeypatch):
+    monkeypatch.setattr(recording, "SMALL_BYTES", small)
     _, _, given, passes = passes_of(name)
     for made, handed_in in zip(passes, (len(given), len(given) + 2)):
         there = dict.fromkeys(range(handed_in)) | {slot: None for block in made.saved_in for slot, _ in block.members}
@@ -328,7 +336,7 @@ def test_launches_use_memory_that_is_there_and_their_own(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_memory_lasts_no_longer_than_the_stages_need(name):
+def test_memory_lasts_no_longer_than_the_stages_need(name, nothing_is_small):
     """The bytes alive while a stage runs are at most those of `Execution`, but for alignment."""
     problem, plan, given, passes = passes_of(name)
     held = []  # by stage
@@ -359,7 +367,25 @@ def test_memory_lasts_no_longer_than_the_stages_need(name):
                 del alive[number]
 
 
-def test_blocks_are_freed_with_the_stages_they_end_with(monkeypatch):
+@pytest.mark.parametrize("name", CASES)
+def test_small_buffers_share_an_allocation(name, monkeypatch):
+    """One for what passes and one for what is saved; a buffer larger than that keeps its own."""
+
+    def blocks_of(limit):
+        monkeypatch.setattr(recording, "SMALL_BYTES", limit)
+        return [[block for step in made.steps for _, block in step.blocks] for made in passes_of(name)[-1]]
+
+    apart, together = blocks_of(-1), blocks_of(2**40)
+    largest = [max((b for b in found if len(b.members) == 1), key=lambda block: block.nbytes) for found in apart]
+    for before, after, passes in zip(apart, together, passes_of(name)[-1], strict=True):
+        assert len(after) == 1 + bool(passes.saved_out) < len(before)
+        slots = [sorted(slot for block in blocks for slot, _ in block.members) for blocks in (before, after)]
+        assert slots[0] == slots[1]
+    for block, after in zip(largest, blocks_of(min(block.nbytes for block in largest) - recording.BLOCK_ALIGNMENT)):
+        assert block in after and len(after) > 1
+
+
+def test_blocks_are_freed_with_the_stages_they_end_with(monkeypatch, nothing_is_small):
     problem, plan, inputs = case_of("gdn")
     empty, blocks, alive = torch.empty, [], []
 
@@ -383,7 +409,7 @@ def test_blocks_are_freed_with_the_stages_they_end_with(monkeypatch):
     assert alive == expected and len(results.saved) == count
 
 
-def test_saved_blocks_are_let_go_while_a_backward_pass_runs_unless_the_graph_is_kept(monkeypatch):
+def test_saved_blocks_are_let_go_while_a_backward_pass_runs_unless_the_graph_is_kept(monkeypatch, nothing_is_small):
     problem, plan, inputs = case_of("gdn")
     empty, blocks, alive = torch.empty, [], []
 
