@@ -9,6 +9,7 @@ kernel; the next ones go to that kernel at once, with the hooks that profilers s
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -50,9 +51,15 @@ def bind(launch: Launch, device: int) -> tuple[tuple[str, ...], BoundLaunch]:
 
 def compiler_state() -> tuple[Any, ...]:
     """What Triton's kernels depend on beside their arguments and can change within a process."""
+    knobs = _knobs()
+    return knobs.runtime.debug, knobs.compilation.instrumentation_mode
+
+
+@functools.lru_cache(maxsize=None)
+def _knobs() -> Any:
     from triton import knobs
 
-    return knobs.runtime.debug, knobs.compilation.instrumentation_mode
+    return knobs
 
 
 def _bind_program(launch: Launch, device: int) -> tuple[tuple[str, ...], BoundLaunch]:

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import functools
 import struct
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -19,6 +20,7 @@ from sse_tune.errors import CompileError
 from sse_tune.templates.registry import Program
 
 _MAX_DYNAMIC_SMEM = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_thread = threading.local()
 _FORMATS = {"pointer": "P", "int32": "i", "int64": "q", "float32": "f"}  # as `struct` writes them
 
 
@@ -122,12 +124,16 @@ def loaded(program: Program, device: int) -> Loaded:
 
 
 def enter_context(device: int) -> None:
-    """The device's primary context, torch's own: a thread such as autograd's may not have entered it yet."""
+    """The device's primary context, torch's own: a thread such as autograd's may not have entered it yet. One that has
+    is not asked again: torch takes it from device to device."""
+    if getattr(_thread, "has_context", False):
+        return
     context = ctypes.c_void_p()
     _call("cuCtxGetCurrent", ctypes.byref(context))
     if not context:
         _call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
         _call("cuCtxSetCurrent", context)
+    _thread.has_context = True
 
 
 @functools.lru_cache(maxsize=None)

@@ -52,9 +52,8 @@ def run_at_once(tensors: dict[str, Tensor], settings: Settings) -> tuple[Tensor,
         settings: of the call.
     """
     names, given = ",".join(tensors), tuple(tensors.values())
-    with torch.no_grad():
-        contiguous = [tensor.contiguous() for tensor in given]
-        done = run_forward(contiguous, names, settings)
+    contiguous = [tensor if tensor.is_contiguous() else tensor.detach().contiguous() for tensor in given]
+    done = run_forward(contiguous, names, settings)
     results: Sequence[Tensor] = done[0]
     if read_problem(settings.problem).trains:
         results = _Function.apply(names, settings, contiguous, done, *given)
@@ -115,7 +114,8 @@ def run_forward(tensors: Sequence[Tensor], names: str, settings: Settings) -> tu
         read_plan(settings.plan), posed, _inputs(present), scale=settings.scale,
         output_final_state=settings.output_final_state,
     )
-    o, final_state = execution.forward()
+    with torch.no_grad():
+        o, final_state = execution.forward()
     o = o.reshape(present["v"].shape)
     return [o] if final_state is None else [o, final_state], execution.saved() if posed.trains else []
 
