@@ -139,7 +139,7 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         tuple(
             f"sse_tune.templates.triton.{name}"
             for name in (
-                "routing", "routing_recount", "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient",
+                "routing_recount", "routing", "gdn_prepare", "gdn_scan", "gdn_recompute", "gdn_state_gradient",
                 "gdn_score_gradients", "gdn_gradients",
                 "gdn_group_states", "gdn_group_gradients",
                 "gla_prepare", "gla_scan", "gla_recompute", "gla_state_gradient",
@@ -222,7 +222,8 @@ def default_backend(device: Device) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def default_plan(problem: Problem, device: Device, backend: str | None = None, outer: Config | None = None) -> Plan:
-    """The declared defaults, moved to the nearest config that passes the constraints of this problem and device.
+    """The declared defaults, moved to the nearest config that passes the constraints of this problem and device: of
+    each stage's first template, of a later one where it has none.
 
     TileLang has templates for some stages; the plan's other stages are Triton's.
 
@@ -251,9 +252,21 @@ def _default_stages(problem: Problem, device: Device, backend: str, outer: Confi
         candidates = templates_for(stage, problem, (backend,)) or templates_for(stage, problem, _BESIDE[backend])
         if not candidates:
             raise PlanError("every stage needs a template", f"{stage!r} of {backend}", "use another backend")
-        template = candidates[0]
-        stages[stage] = StageChoice(template.backend, template.name, template.space.default(problem, device, outer))
+        stages[stage] = _default_choice(candidates, problem, device, outer)
     return stages
+
+
+def _default_choice(
+    candidates: tuple[Template, ...], problem: Problem, device: Device, outer: Config
+) -> StageChoice:  # fmt: skip
+    refused: ConstraintError | None = None
+    for template in candidates:
+        try:
+            return StageChoice(template.backend, template.name, template.space.default(problem, device, outer))
+        except ConstraintError as error:
+            refused = refused or error
+    assert refused is not None, "a stage has candidates"
+    raise refused
 
 
 def validate_plan(plan: Plan, problem: Problem, device: Device) -> None:

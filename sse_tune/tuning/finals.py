@@ -1,8 +1,9 @@
 """Who wins: the finalists in turn with the incumbent, the winner's neighbours after them, and the longer admission.
 
-The incumbent is what would run without this search. It stays unless another plan beats it by more than the noise; what
-the noise cannot tell from the winner is recorded as a tie. On a workload, where each entry may have an incumbent of its
-own, the expected time decides, among those that are slower than the incumbent on no entry.
+The incumbent is what would run without this search. It stays unless another plan beats it by more than the noise, or
+ties with it and has a stage that is clearly faster by itself (`ties.py`). What the noise cannot tell from the winner is
+recorded as a tie. On a workload, where each entry may have an incumbent of its own, the expected time decides, among
+those that are slower than the incumbent on no entry.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from sse_tune.tuning.engine import COMPILE_S, Engine
 from sse_tune.tuning.evaluate import PLAN_DEADLINE_S, Job, Pending
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.measure import Measured, Timing
+from sse_tune.tuning.ties import STAGE_MARGIN, saved_by_stages
 
 _FINALISTS = 3
 _CLOSE = 1.25  # times the fastest: two runs tell those beyond it from the best
 _NEIGHBOURS_AT_ONCE = 3
 _SEEMS_SLOWER = 1.03  # times: a trial alone is less sure than a comparison in turn
-_STAGE_MARGIN = 1.02  # a neighbour whose stage was measured and is slower than this is not tried in the whole
 _COMPARISON_S = (1.0, 15.0)
 
 
@@ -147,7 +148,18 @@ class Finals:
         faster = [
             plan for plan, timing in timings.items() if timing.beats(present) and not timing.slower_on(present)
         ]
-        return min(faster or dict.fromkeys(holders), key=lambda plan: timings[plan].median_us)
+        if faster:
+            return min(faster, key=lambda plan: timings[plan].median_us)
+        best = min(dict.fromkeys(holders), key=lambda plan: timings[plan].median_us)
+        level = [  # to the noise alone: 1 % of the whole may be more than the stage that decides
+            plan for plan, timing in timings.items()
+            if plan == best or not (present.total.beats(timing.total, margin=0.0) or timing.slower_on(present))
+        ]  # fmt: skip
+        return max(level, key=lambda plan: saved_by_stages(plan, best, self._stage_us))
+
+    def _stage_us(self, plan: Plan, stage: str) -> float | None:
+        known = self.engine.known(Candidate("stage", plan, plan, stage))
+        return None if known is None else known.time_us
 
     def _holders(self, timings: dict[Plan, Measured]) -> list[Plan]:
         """What would run on each entry without this search: its incumbent, unless the default beats it there; empty
@@ -248,7 +260,7 @@ class Finals:
             for plan in neighbours(winner, stage, self.engine):
                 found = self.engine.known(Candidate("stage", plan, winner, stage))
                 if found is None or (
-                    found.time_us is not None and found.time_us <= _STAGE_MARGIN * known.get(stage, found.time_us)
+                    found.time_us is not None and found.time_us <= STAGE_MARGIN * known.get(stage, found.time_us)
                 ):
                     yield plan
 

@@ -112,6 +112,21 @@ def test_the_incumbent_stays_unless_beaten_beyond_the_noise(setting, default, ga
     assert decide(engine, default, [holder, rival], holder).plan == (rival if wins else holder)
 
 
+@pytest.mark.parametrize(
+    ("rival_us", "stage_us", "wins"),
+    [(49.9, 30.0, True), (49.9, 39.0, False), (50.1, 30.0, False), (49.9, None, False)],
+    ids=["stage clearly faster", "stage hardly faster", "slower beyond the noise", "stage not measured"],
+)
+def test_of_plans_that_tie_the_one_with_a_faster_stage_wins(setting, default, rival_us, stage_us, wins):
+    holder, rival = varied(default, chunk_size=32), varied(default, chunk_size=128)
+    times = {holder: 50.0, rival: rival_us}
+    engine = setting(ScriptedLanes(lambda plan: times.get(plan, 100.0)))
+    for plan, time_us in ((holder, 40.0), (rival, stage_us)):
+        if time_us is not None:
+            engine.recorder.add(Candidate("stage", plan, plan, "whole"), Attempt("ok", None, (time_us,) * 3))
+    assert decide(engine, default, [holder, rival], holder).plan == (rival if wins else holder)
+
+
 def test_it_walks_from_neighbour_to_neighbour(setting, default):
     """Only the default was tried; the best lies three steps away, each step a little faster."""
 

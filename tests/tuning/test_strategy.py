@@ -221,7 +221,8 @@ def test_what_the_tuning_of_stages_begins_with_is_known_beforehand():
     landscape = Templates(problem, device, ("triton", "tilelang"))
     base = landscape.base(None)
     found = other_defaults(landscape, base)
-    assert {choice.backend for _, choice in found} == {"tilelang"}
+    of_triton = [stage for stage, choice in found if choice.backend == "triton"]
+    assert of_triton == ["routing"] and len(found) > 1
     assert {stage for stage, _ in found} == {stage for stage in base.stages if len(landscape.slots(stage)) > 1}
     strategy = Decomposed(landscape, Settings())
     strategy.tell(strategy.ask(), 1000.0)

@@ -119,7 +119,7 @@ def test_every_combination_of_what_ran_is_measured_whole(no_gpu, tmp_path):
     assert no_gpu.made[-count:] == whole, "when the stages are known"
     assert all(set(plan.stages) == set(STAGES) and len(row.times_us) == 6 for plan, row in found.plans.items())
     assert "ordinary" in found.how["whole_plans"]
-    assert set(found.sources) >= {"triton:gla_decay_rows", "triton:gla_output", "triton:routing"}
+    assert set(found.sources) >= {"triton:gla_decay_rows", "triton:gla_output", "triton:routing_recount"}
     assert additivity(found).median_error < 1e-6
 
 
