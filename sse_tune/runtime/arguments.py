@@ -16,7 +16,7 @@ from sse_tune.runtime.offsets import even_offsets, given_offsets
 from sse_tune.runtime.pipeline import WITHOUT_TOKENS, Inputs
 
 _MAX_SLOTS = 2**31 - 1  # rows are numbered in int32
-_TENSORS = (
+TENSORS = (
     "q", "k", "v", "g", "beta", "shared_q", "shared_k", "shared_g", "shared_beta", "router_logits", "initial_state",
     "cu_seqlens",
 )  # fmt: skip
@@ -56,7 +56,7 @@ class Arguments:
 
     def __post_init__(self) -> None:
         given = vars(self)
-        for name in _TENSORS:
+        for name in TENSORS:
             value = given[name]
             if value is None and name in ("q", "k", "v", "g"):
                 raise ProblemError(f"`{name}` must be a tensor", f"{name}=None", f"pass {name}")
@@ -93,19 +93,24 @@ def check(arguments: Arguments) -> Fields:
         fields = _check_once(arguments, tensors, trains)
     else:
         fields = _check(arguments, tensors, trains)
-    if tensors["q"].device.type == "cpu":
+    if reads_values(tensors["q"].device):
         if "cu_seqlens" in tensors:
             checks.check_offsets(tensors["cu_seqlens"], operator.index(tensors["q"].shape[1]))
         checks.check_gates(tensors)
     return fields
 
 
+def reads_values(device: torch.device) -> bool:
+    """Whether checks look at what tensors there hold."""
+    return device.type == "cpu"
+
+
 def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all are tensors or parameters themselves, not of a subclass, which may do as it likes."""
-    return _PLAIN.issuperset(map(type, tensors))
+    return PLAIN_TYPES.issuperset(map(type, tensors))
 
 
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
+PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 _passed: dict[tuple[object, ...], Fields] = {}  # what `_check` answered; what it refused it sees again
 _MAX_PASSED = 4096
 _NUMBERS = (int, float, type(None))

@@ -36,11 +36,15 @@ def run(inputs: Inputs, settings: Settings) -> tuple[Tensor, Tensor | None]:
 
 def runs_at_once(tensors: Iterable[Tensor]) -> bool:
     """Whether nobody but autograd follows what happens to these tensors."""
+    return nothing_follows() and are_plain(tensors)
+
+
+def nothing_follows() -> bool:
+    """Whether nobody but autograd follows what happens to plain tensors."""
     return (
         not torch.compiler.is_compiling()
         and not torch._C._are_functorch_transforms_active()
         and not torch._C._len_torch_dispatch_stack()
-        and are_plain(tensors)
     )
 
 
@@ -53,23 +57,36 @@ def run_at_once(tensors: dict[str, Tensor], settings: Settings) -> tuple[Tensor,
     """
     names, given = ",".join(tensors), tuple(tensors.values())
     contiguous = [tensor if tensor.is_contiguous() else tensor.detach().contiguous() for tensor in given]
-    done = run_forward(contiguous, names, settings)
-    results: Sequence[Tensor] = done[0]
+    results: Sequence[Tensor]
+    results, saved = run_forward(contiguous, names, settings)
     if read_problem(settings.problem).trains:
-        results = _Function.apply(names, settings, contiguous, done, *given)
+        results = enter(names, settings, contiguous, results, saved, given)
     return results[0], results[1] if settings.output_final_state else None
 
 
-class _Function(torch.autograd.Function):
-    """Enters a forward pass that has run into the graph: it is launched before, since what autograd does around a
-    function takes the host tens of microseconds, in which the GPU can run already."""
+def enter(
+    names: str, settings: Settings, contiguous: list[Tensor], results: list[Tensor], saved: list[Tensor],
+    given: Sequence[Tensor],
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """A forward pass that has run enters the graph of autograd. It is launched before, since what autograd does around
+    a function takes the host tens of microseconds, in which the GPU can run already.
 
+    Args:
+        names: of the tensors, with commas between.
+        settings: of the call.
+        contiguous: what the pass ran on.
+        results, saved: what it made.
+        given: the tensors that the results depend on.
+    """
+    return _Function.apply(names, settings, contiguous, results, saved, *given)
+
+
+class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, names: str, settings: Settings, contiguous: list[Tensor], done: tuple[list[Tensor], list[Tensor]],
+        ctx: Any, names: str, settings: Settings, contiguous: list[Tensor], results: list[Tensor], saved: list[Tensor],
         *given: Tensor,
     ) -> tuple[Tensor, ...]:  # fmt: skip
-        results, saved = done
         # o and the final state are not needed again
         ctx.set_materialize_grads(False)
         ctx.names, ctx.settings = names, settings
@@ -85,7 +102,7 @@ class _Function(torch.autograd.Function):
         do, d_final_state = result_gradients(grads, tensors[names.index("v")], settings.output_final_state)
         found = gradients(tensors, ctx.names, saved, do, d_final_state, settings)
         by_name = dict(zip(gradient_names(names), found))
-        return None, None, None, None, *[by_name.get(name) for name in names]
+        return None, None, None, None, None, *[by_name.get(name) for name in names]
 
 
 def result_gradients(
@@ -102,7 +119,7 @@ def result_gradients(
 def run_forward(tensors: Sequence[Tensor], names: str, settings: Settings) -> tuple[list[Tensor], list[Tensor]]:
     """o and the final state if asked for, and what the backward pass needs if the problem trains. Tokens may be `[R]`
     or `[B, T]`, in the results as in what is given."""
-    if _is_prepared(tensors[0]):
+    if is_prepared(tensors[0]):
         prepared = forward_pass(
             names, _specs(tensors), settings.problem, settings.plan, settings.scale, settings.output_final_state
         )
@@ -126,7 +143,7 @@ def run_backward(
 ) -> list[Tensor]:
     """The gradients of the inputs that have one, in the order of `gradient_names` and of the inputs' shapes. May empty
     `saved`."""
-    if _is_prepared(tensors[0]):
+    if is_prepared(tensors[0]):
         given, names = [*tensors, do], f"{names},do"
         if d_final_state is not None:
             given, names = [*given, d_final_state], f"{names},d_final_state"
@@ -156,7 +173,7 @@ def _inputs(present: dict[str, Tensor]) -> Inputs:
     return Inputs(**{name: t if is_flat else flatten_tokens(name, t) for name, t in present.items()})
 
 
-def _is_prepared(tensor: Tensor) -> bool:
+def is_prepared(tensor: Tensor) -> bool:
     """Whether its device runs prepared passes."""
     return tensor.is_cuda
 
@@ -168,7 +185,7 @@ def _specs(tensors: Sequence[Tensor]) -> tuple[Spec, ...]:
 def _saved_specs(problem: str, plan: str, tensor: Tensor) -> list[Spec]:
     """Of what `run_forward` saves where this tensor is."""
     chosen, posed = read_plan(plan), read_problem(problem)
-    if _is_prepared(tensor):
+    if is_prepared(tensor):
         return [((nbytes,), torch.uint8) for nbytes, _ in saved_blocks(chosen, posed)] if posed.trains else []
     return [buffer_spec(name, posed, chosen) for name in saved_names(chosen, posed)]
 

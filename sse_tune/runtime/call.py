@@ -11,7 +11,7 @@ from torch import Tensor
 from sse_tune.runtime.arguments import Arguments, flatten
 from sse_tune.runtime.autograd import run, run_at_once, runs_at_once
 from sse_tune.runtime.head_groups import AXIS, heads_of, run_groups_at_once
-from sse_tune.runtime.offsets import given_offsets, kept_offsets
+from sse_tune.runtime.offsets import offsets_of
 from sse_tune.runtime.settings import Settings
 from sse_tune.runtime.whole_graph import run_whole
 
@@ -28,9 +28,7 @@ def call(arguments: Arguments, graph: str, problem: str, plan: str) -> tuple[Ten
     settings = Settings(problem, plan, arguments.scale_value(), arguments.output_final_state)
     groups, tensors = arguments.head_groups, arguments.tensors
     if graph != "whole" and runs_at_once(tensors.values()):
-        q, packed = arguments.q, arguments.cu_seqlens
-        offsets = kept_offsets(q.shape[0], q.shape[1], q.device) if packed is None else given_offsets(packed)
-        given = {**tensors, "cu_seqlens": offsets}
+        given = {**tensors, "cu_seqlens": offsets_of(arguments.q, arguments.cu_seqlens)}
         return run_at_once(given, settings) if groups == 1 else run_groups_at_once(given, settings, groups)
     if groups > 1:
         return _joined([call(_part(arguments, group), graph, problem, plan) for group in range(groups)])

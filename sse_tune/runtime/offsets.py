@@ -40,3 +40,8 @@ def kept_offsets(batch: int, seq_len: int, device: torch.device) -> Tensor:
     if len(_kept) < _MAX_KEPT:
         _kept[batch, seq_len, device] = made
     return made
+
+
+def offsets_of(q: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """Of checked arguments, without a launch where sequences have one length."""
+    return kept_offsets(q.shape[0], q.shape[1], q.device) if cu_seqlens is None else given_offsets(cu_seqlens)

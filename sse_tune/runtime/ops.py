@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sse_tune.errors import ProblemError
 from sse_tune.reference.routing import largest, router_weights
+from sse_tune.runtime.again import Calls, key_of
 from sse_tune.runtime.arguments import Arguments, Fields, check
 from sse_tune.runtime.call import call
 from sse_tune.runtime.dispatch import resolve
@@ -68,14 +71,35 @@ def sse_attention(
 
     Source: arXiv 2507.16577, sections 2 and 3.
     """
+    given = q, k, v, g, beta, shared_q, shared_k, shared_g, shared_beta, router_logits, initial_state, cu_seqlens
+    numbers = top_k, read_k, scale, head_groups, qk_l2norm, gate_before_norm, output_final_state
+    key = None if torch.compiler.is_compiling() else key_of(given, numbers)
+    if key is not None:
+        known, decided = _calls.find(key)
+        if known is not None and resolve(*decided.asked) is decided.answer:
+            return known.run(given)
     arguments = Arguments(
         q=q, k=k, v=v, g=g, router_logits=router_logits, top_k=top_k, beta=beta, shared_q=shared_q,
         shared_k=shared_k, shared_g=shared_g, shared_beta=shared_beta, qk_l2norm=qk_l2norm,
         gate_before_norm=gate_before_norm, scale=scale, read_k=read_k, initial_state=initial_state,
         output_final_state=output_final_state, cu_seqlens=cu_seqlens, head_groups=head_groups,
     )
-    graph, problem, plan = _resolve(check(arguments), str(q.device))
-    return call(arguments, graph, problem, plan)
+    asked = check(arguments), str(q.device)
+    answer = _resolve(*asked)
+    results = call(arguments, *answer)
+    if key is not None:
+        _calls.remember(key, arguments, answer, _Decided(asked, answer))
+    return results
+
+
+_calls = Calls()
+
+
+class _Decided(NamedTuple):
+    """What `resolve` was asked and said: the same again unless databases were looked into anew."""
+
+    asked: tuple[Fields, str]
+    answer: tuple[str, str, str]
 
 
 @torch.compiler.assume_constant_result

@@ -116,7 +116,7 @@ def test_a_pass_gives_what_its_stages_give(name, poisoned_blocks):
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     """The CPU runs prepared passes, in the interpreter."""
-    monkeypatch.setattr(autograd, "_is_prepared", lambda tensor: True)
+    monkeypatch.setattr(autograd, "is_prepared", lambda tensor: True)
     monkeypatch.setattr(Pass.__init__, "__defaults__", (bind_interpreter,))
     for cached in (forward_pass, backward_pass):
         cached.cache_clear()
@@ -422,7 +422,7 @@ def test_saved_blocks_are_let_go_while_a_backward_pass_runs_unless_the_graph_is_
     def bind(launch, index):
         return tuple(launch.args), lambda values, stream: alive.append(sum(block() is not None for block in saved))
 
-    monkeypatch.setattr(autograd, "_is_prepared", lambda tensor: True)
+    monkeypatch.setattr(autograd, "is_prepared", lambda tensor: True)
     monkeypatch.setattr(Pass.__init__, "__defaults__", (bind,))
     monkeypatch.setattr(torch, "empty", allocate)
     forward_pass.cache_clear()
