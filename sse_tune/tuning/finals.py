@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from sse_tune.errors import SearchError
 from sse_tune.plan import Plan
-from sse_tune.templates.registry import find_template
 from sse_tune.tuning import jobs
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.cases import FINAL
@@ -23,7 +22,8 @@ from sse_tune.tuning.engine import COMPILE_S, Engine
 from sse_tune.tuning.evaluate import PLAN_DEADLINE_S, Job, Pending
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.measure import Measured, Timing
-from sse_tune.tuning.ties import STAGE_MARGIN, saved_by_stages
+from sse_tune.tuning.neighbours import neighbours
+from sse_tune.tuning.ties import STAGE_MARGIN, saved_by_stages, with_faster_stages
 
 _FINALISTS = 3
 _CLOSE = 1.25  # times the fastest: two runs tell those beyond it from the best
@@ -84,7 +84,7 @@ class Finals:
         Raises:
             SearchError: none of them runs again, or none passes the longer admission.
         """
-        finalists = self._finalists(found)
+        finalists = self._finalists([*found, *self._with_faster_stages()])
         failed: set[Plan] = set()
         while True:
             entrants = [plan for plan in finalists if plan not in failed]
@@ -119,6 +119,17 @@ class Finals:
                  and (time_us := self._time_of(plan)) is not None]  # fmt: skip
         timed.sort(key=lambda pair: (self._seems_slower(pair[1]), pair[0]))
         return always + [plan for time_us, plan in timed[:_FINALISTS] if time_us <= _CLOSE * timed[0][0]]
+
+    def _with_faster_stages(self) -> list[Plan]:
+        """The incumbents with the stages that are clearly faster by themselves, tried like every other plan."""
+        engine, made = self.engine, []
+        choices = engine.recorder.stage_choices()
+        for holder in dict.fromkeys(plan for plan in self.incumbents if plan is not None and self._time_of(plan)):
+            plan = with_faster_stages(holder, choices, self._stage_us)
+            if plan != holder and engine.recorder.may_go_on():
+                engine.evaluate(Candidate("plan", plan))
+                made.append(plan)
+        return made
 
     def _seems_slower(self, plan: Plan) -> bool:
         """Whether the trials say that some entry is slower with a plan than with what would run there without it."""
@@ -300,16 +311,3 @@ class Finals:
         else:
             engine.recorder.add(Candidate("plan", plan), attempt)
         return attempt
-
-
-def neighbours(plan: Plan, stage: str, engine: Engine) -> Iterator[Plan]:
-    """The plans that differ in one parameter of one stage by one step along its values."""
-    choice = plan.stages[stage]
-    space = engine.workload.joint(find_template(choice.backend, choice.template).space)
-    for param in space.params:
-        place = param.values.index(choice.config[param.name])
-        for other in (place - 1, place + 1):
-            if 0 <= other < len(param.values):
-                config = choice.config.replace(**{param.name: param.values[other]})
-                if not space.violations(engine.problem, config, engine.evaluator.device, plan.outer):
-                    yield plan.replace_stage(stage, dataclasses.replace(choice, config=config))

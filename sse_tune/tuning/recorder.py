@@ -21,7 +21,7 @@ from sse_tune.database.claims import MINE, Claim
 from sse_tune.database.records import Trial, now
 from sse_tune.database.store import TuningDatabase
 from sse_tune.errors import DatabaseError, PlanError
-from sse_tune.plan import Plan
+from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.jobs import Attempt
@@ -110,6 +110,14 @@ class Recorder:
             trial.outcome, trial.reason, tuple(trial.timings_us), dict(trial.errors), peak_bytes=peak,
             entries_us=tuple(map(tuple, entries)),
         )  # fmt: skip
+
+    def stage_choices(self) -> list[tuple[str, StageChoice]]:
+        """What ran of stages, by the stage's name, each choice once."""
+        ran = [
+            (trial.stage, Plan.from_dict(trial.plan).stages[trial.stage])
+            for trial in self.known.values() if trial.stage is not None and trial.outcome == "ok"
+        ]  # fmt: skip
+        return list(dict.fromkeys(ran))
 
     def claim(self, candidate: Candidate) -> bool:
         """Whether this process is to run a candidate; else another one does, or did since."""

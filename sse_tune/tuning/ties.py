@@ -6,21 +6,40 @@ replay of a graph shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from sse_tune.plan import Plan
+from sse_tune.plan import Plan, StageChoice
 
 STAGE_MARGIN = 1.02  # times: a stage within it is not slower; its rival may have been measured at another moment
 _CLEARLY = 0.9  # times: such a stage is faster
 
+TimeOf = Callable[[Plan, str], float | None]  # of a plan's stage, in microseconds; None: not known
 
-def saved_by_stages(plan: Plan, holder: Plan, time_of: Callable[[Plan, str], float | None]) -> float:
+
+def with_faster_stages(holder: Plan, choices: Iterable[tuple[str, StageChoice]], time_of: TimeOf) -> Plan:
+    """A plan with the choices, of those given by stage, that are clearly faster than its own, and of several the
+    fastest; itself where there are none."""
+    best: dict[str, tuple[float, StageChoice]] = {}
+    for stage, choice in choices:
+        if stage not in holder.stages:
+            continue
+        mine, theirs = time_of(holder.replace_stage(stage, choice), stage), time_of(holder, stage)
+        if mine is None or theirs is None or mine >= _CLEARLY * theirs:
+            continue
+        if stage not in best or mine < best[stage][0]:
+            best[stage] = mine, choice
+    for stage, (_, choice) in best.items():
+        holder = holder.replace_stage(stage, choice)
+    return holder
+
+
+def saved_by_stages(plan: Plan, holder: Plan, time_of: TimeOf) -> float:
     """What a plan's stages save by their own times, against the holder's, in microseconds: 0 for the holder itself, and
     less unless one stage is clearly faster, none is slower, and the time of each that differs is known.
 
     Args:
         plan, holder: of one time by the noise.
-        time_of: of a plan's stage, in microseconds; None: not known.
+        time_of: of their stages.
     """
     if plan == holder:
         return 0.0

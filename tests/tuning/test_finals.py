@@ -18,8 +18,9 @@ from sse_tune.tuning.ahead import Compiled
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.engine import Engine
 from sse_tune.tuning.evaluate import Evaluator
-from sse_tune.tuning.finals import Finals, neighbours
+from sse_tune.tuning.finals import Finals
 from sse_tune.tuning.jobs import Attempt
+from sse_tune.tuning.neighbours import neighbours
 from sse_tune.tuning.recorder import Recorder
 from sse_tune.tuning.report import FrontierPlan, frontier
 from sse_tune.tuning.shared import incumbent, known_plans
@@ -125,6 +126,20 @@ def test_of_plans_that_tie_the_one_with_a_faster_stage_wins(setting, default, ri
         if time_us is not None:
             engine.recorder.add(Candidate("stage", plan, plan, "whole"), Attempt("ok", None, (time_us,) * 3))
     assert decide(engine, default, [holder, rival], holder).plan == (rival if wins else holder)
+
+
+@pytest.mark.parametrize(("whole_us", "wins"), [(49.9, True), (51.0, False)], ids=["ties", "slower"])
+def test_the_incumbent_with_a_faster_stage_is_tried_though_no_strategy_put_it_together(
+    setting, default, whole_us, wins
+):
+    holder, rival = varied(default, chunk_size=32), varied(default, chunk_size=128)
+    times = {holder: 50.0, rival: whole_us}
+    lanes = ScriptedLanes(lambda plan: times.get(plan, 100.0))
+    engine = setting(lanes)
+    for plan, time_us in ((holder, 40.0), (rival, 30.0), (varied(default, chunk_size=64), 33.0)):
+        engine.recorder.add(Candidate("stage", plan, plan, "whole"), Attempt("ok", None, (time_us,) * 3))
+    assert decide(engine, default, [holder], holder).plan == (rival if wins else holder)
+    assert rival in lanes.compared[0]
 
 
 def test_it_walks_from_neighbour_to_neighbour(setting, default):

@@ -6,7 +6,7 @@ import pytest
 
 from sse_tune.device import ARCHS
 from sse_tune.templates.registry import default_plan
-from sse_tune.tuning.ties import saved_by_stages
+from sse_tune.tuning.ties import saved_by_stages, with_faster_stages
 from tests.templates.against_reference import problem_of
 
 PLAN = default_plan(problem_of("gdn"), ARCHS["sm_90"], "triton")
@@ -49,3 +49,18 @@ def test_only_what_differs_is_asked_for_and_the_holder_saves_nothing():
 def test_plans_of_other_outer_choices_are_not_compared():
     other = dataclasses.replace(OTHER, outer=OTHER.outer.replace(chunk_size=32))
     assert saved_by_stages(other, PLAN, lambda plan, stage: 1.0 + (plan == PLAN)) == -1.0
+
+
+def test_of_choices_that_are_clearly_faster_the_fastest_is_put_in():
+    one, other = (with_warps(PLAN, routing=number) for number in (2, 8))
+    choices = [("routing", one.stages["routing"]), ("routing", other.stages["routing"]), ("scan", OTHER.stages["scan"])]
+    times = {PLAN.stages["routing"]: 15.0, one.stages["routing"]: 12.0, other.stages["routing"]: 9.0,
+             PLAN.stages["scan"]: 100.0, OTHER.stages["scan"]: 95.0}  # fmt: skip
+
+    def time_of(plan, stage):
+        return times[plan.stages[stage]]
+
+    for order in (choices, choices[::-1]):
+        assert with_faster_stages(PLAN, [*order, ("output", PLAN.stages["scan"])], time_of) == other
+    assert with_faster_stages(PLAN, choices, lambda plan, stage: None) == PLAN
+    assert with_faster_stages(PLAN, [], time_of) == PLAN

@@ -20,11 +20,12 @@ from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.cases import QUICK
 from sse_tune.tuning.engine import Engine
 from sse_tune.tuning.evaluate import Evaluator
-from sse_tune.tuning.finals import Finals, neighbours
+from sse_tune.tuning.finals import Finals
 from sse_tune.tuning.inputs import workload as make_inputs
 from sse_tune.tuning.jobs import Attempt
 from sse_tune.tuning.landscape import PRUNE_RATIO, Templates, base_plan, predicted_us
 from sse_tune.tuning.measure import Measured, Timing, compare, weighted
+from sse_tune.tuning.neighbours import neighbours
 from sse_tune.tuning.recorder import Recorder
 from sse_tune.tuning.search import search
 from sse_tune.tuning.shared import incumbent, known_plans
