@@ -3,6 +3,9 @@
 Triton's interpreter or launches that do nothing stand for the GPU.
 """
 
+import contextlib
+import dataclasses
+
 import pytest
 import torch
 
@@ -178,11 +181,27 @@ def test_what_does_not_run_as_a_prepared_pass_is_not_remembered(reason, as_on_a_
     assert len(checked) == 2
 
 
-def test_a_kernel_remembers_its_own_calls(as_on_a_gpu, checked):
+def kernel_of_case():
+    """One for `make_case("gdn")`."""
     problem = Problem(rule="gdn", seq_len=11, num_heads=2, head_dim=8, head_dim_v=12, num_partitions=3, dtype="fp32",
-                      batch=2, norm="after", direction="fwd")  # fmt: skip
+                      batch=2, norm="after", direction="fwd+bwd")  # fmt: skip
     plan = default_plan(problem, ARCHS["sm_90"], "triton")
-    one, other = (Kernel(problem, st.Device.detect("cpu"), Decision(plan, "given", "by a test")) for _ in range(2))
+    here = dataclasses.replace(ARCHS["sm_90"], kind="cpu")  # a GPU in all but what torch calls it
+    return Kernel(problem, here, Decision(plan, "given", "by a test"))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_kernel_checks_a_call_of_another_kind(name, as_on_a_gpu, checked):
+    own = kernel_of_case()
+    own(**make_case("gdn"))
+    other = CHANGES[name].get("change", lambda case: case)(make_case("gdn", **CHANGES[name].get("case", {})))
+    with contextlib.suppress(ProblemError):  # of another problem than it is for
+        own(**other)
+    assert len(checked) == 2
+
+
+def test_a_kernel_remembers_its_own_calls(as_on_a_gpu, checked):
+    one, other = kernel_of_case(), kernel_of_case()
     case = make_case("gdn")
     for _ in range(2):
         o, _ = one(**case)
