@@ -7,17 +7,16 @@ look at what tensors hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sse_tune.runtime.arguments import PLAIN_TYPES, Arguments, reads_values
-from sse_tune.runtime.autograd import enter, is_prepared, nothing_follows
+from sse_tune.runtime.autograd import into_graph, is_prepared, nothing_follows
 from sse_tune.runtime.offsets import offsets_of
 from sse_tune.runtime.prepared import Pass, forward_pass
-from sse_tune.runtime.settings import Settings, read_problem
+from sse_tune.runtime.settings import Settings
 
 Given = tuple[Tensor | None, ...]  # of a call, in the order of `arguments.TENSORS`: cu_seqlens last
 Numbers = tuple[int | float | None, ...]
@@ -38,18 +37,16 @@ class Again:
 
     def __init__(self, settings: Settings, names: str, forward: Pass) -> None:
         self._settings, self._names, self._forward = settings, names, forward
-        self._trains = read_problem(settings.problem).trains
 
     def run(self, given: Given) -> tuple[Tensor, Tensor | None]:
         """o `[B, T, H, V]` and the final state if asked for, as `call`."""
         present = [tensor for tensor in given[:-1] if tensor is not None]
         present.append(offsets_of(present[0], given[-1]))
-        contiguous = [tensor if tensor.is_contiguous() else tensor.detach().contiguous() for tensor in present]
+        return into_graph(self._names, self._settings, present, self._run)
+
+    def _run(self, contiguous: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         done = self._forward.run(contiguous)
-        results: Sequence[Tensor] = done.tensors
-        if self._trains:
-            results = enter(self._names, self._settings, contiguous, done.tensors, done.saved, present)
-        return results[0], results[1] if self._settings.output_final_state else None
+        return done.tensors, done.saved
 
 
 class Calls:
@@ -82,8 +79,10 @@ class Calls:
 def key_of(given: Given, numbers: Numbers) -> Key | None:
     """All that decides how a call runs, but for plans; None where it is not one to remember. Types are in it since
     1 == True == 1.0."""
+    if not nothing_follows():  # first: what follows a call need not look at the rest
+        return None
     types = tuple(map(type, numbers))
-    if not (_TENSOR_TYPES.issuperset(map(type, given)) and _NUMBER_TYPES.issuperset(types) and nothing_follows()):
+    if not (_TENSOR_TYPES.issuperset(map(type, given)) and _NUMBER_TYPES.issuperset(types)):
         return None
     return (
         tuple([t if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in given]),

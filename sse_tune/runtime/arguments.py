@@ -16,6 +16,7 @@ from sse_tune.runtime.offsets import even_offsets, given_offsets
 from sse_tune.runtime.pipeline import WITHOUT_TOKENS, Inputs
 
 _MAX_SLOTS = 2**31 - 1  # rows are numbered in int32
+PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
 TENSORS = (
     "q", "k", "v", "g", "beta", "shared_q", "shared_k", "shared_g", "shared_beta", "router_logits", "initial_state",
     "cu_seqlens",
@@ -89,10 +90,7 @@ def check(arguments: Arguments) -> Fields:
     """
     tensors = arguments.tensors
     trains = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors.values())
-    if not torch.compiler.is_compiling() and are_plain(tensors.values()):
-        fields = _check_once(arguments, tensors, trains)
-    else:
-        fields = _check(arguments, tensors, trains)
+    fields = _check(arguments, tensors, trains)
     if reads_values(tensors["q"].device):
         if "cu_seqlens" in tensors:
             checks.check_offsets(tensors["cu_seqlens"], operator.index(tensors["q"].shape[1]))
@@ -108,30 +106,6 @@ def reads_values(device: torch.device) -> bool:
 def are_plain(tensors: Iterable[torch.Tensor]) -> bool:
     """Whether all are tensors or parameters themselves, not of a subclass, which may do as it likes."""
     return PLAIN_TYPES.issuperset(map(type, tensors))
-
-
-PLAIN_TYPES = frozenset((torch.Tensor, torch.nn.Parameter))
-_passed: dict[tuple[object, ...], Fields] = {}  # what `_check` answered; what it refused it sees again
-_MAX_PASSED = 4096
-_NUMBERS = (int, float, type(None))
-
-
-def _check_once(arguments: Arguments, tensors: dict[str, torch.Tensor], trains: bool) -> Fields:
-    """`_check`, whose answer follows from what the key holds. Types are in it since 1 == True == 1.0."""
-    numbers = (arguments.top_k, arguments.read_k, arguments.scale, arguments.head_groups)
-    types = tuple([type(number) for number in numbers])
-    key = (
-        tuple([(name, tensor.shape, tensor.dtype, tensor.device) for name, tensor in tensors.items()]),
-        numbers, types, bool(arguments.qk_l2norm), bool(arguments.gate_before_norm), trains,
-    )
-    fields = _passed.get(key)
-    if fields is None:
-        fields = _check(arguments, tensors, trains)
-        if all(kind in _NUMBERS for kind in types):  # others may change, or hold memory
-            if len(_passed) >= _MAX_PASSED:
-                _passed.clear()
-            _passed[key] = fields
-    return fields
 
 
 def _check(arguments: Arguments, tensors: dict[str, torch.Tensor], trains: bool) -> Fields:

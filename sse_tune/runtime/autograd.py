@@ -11,7 +11,7 @@ On a GPU both run passes that were prepared (`prepared.py`); elsewhere `pipeline
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -55,30 +55,28 @@ def run_at_once(tensors: dict[str, Tensor], settings: Settings) -> tuple[Tensor,
         tensors: checked arguments of the operation by name, as they came, with `cu_seqlens` as in `Inputs`.
         settings: of the call.
     """
-    names, given = ",".join(tensors), tuple(tensors.values())
-    contiguous = [tensor if tensor.is_contiguous() else tensor.detach().contiguous() for tensor in given]
-    results: Sequence[Tensor]
-    results, saved = run_forward(contiguous, names, settings)
-    if read_problem(settings.problem).trains:
-        results = enter(names, settings, contiguous, results, saved, given)
-    return results[0], results[1] if settings.output_final_state else None
+    names = ",".join(tensors)
+    return into_graph(names, settings, list(tensors.values()), lambda given: run_forward(given, names, settings))
 
 
-def enter(
-    names: str, settings: Settings, contiguous: list[Tensor], results: list[Tensor], saved: list[Tensor],
-    given: Sequence[Tensor],
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """A forward pass that has run enters the graph of autograd. It is launched before, since what autograd does around
-    a function takes the host tens of microseconds, in which the GPU can run already.
+def into_graph(
+    names: str, settings: Settings, given: list[Tensor], forward: Callable[[list[Tensor]], tuple[list[Tensor], ...]]
+) -> tuple[Tensor, Tensor | None]:
+    """o and the final state of a forward pass, which enters the graph of autograd if the problem trains. It is launched
+    before: what autograd does around a function takes the host tens of microseconds, in which the GPU can run already.
 
     Args:
         names: of the tensors, with commas between.
         settings: of the call.
-        contiguous: what the pass ran on.
-        results, saved: what it made.
-        given: the tensors that the results depend on.
+        given: the tensors.
+        forward: from contiguous ones to results and what the backward pass needs, as `run_forward`.
     """
-    return _Function.apply(names, settings, contiguous, results, saved, *given)
+    contiguous = [tensor if tensor.is_contiguous() else tensor.detach().contiguous() for tensor in given]
+    results: Sequence[Tensor]
+    results, saved = forward(contiguous)
+    if read_problem(settings.problem).trains:
+        results = _Function.apply(names, settings, contiguous, results, saved, *given)
+    return results[0], results[1] if settings.output_final_state else None
 
 
 class _Function(torch.autograd.Function):
