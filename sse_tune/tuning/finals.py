@@ -84,7 +84,7 @@ class Finals:
         Raises:
             SearchError: none of them runs again, or none passes the longer admission.
         """
-        finalists = self._finalists([*found, *self._with_faster_stages()])
+        finalists = list(dict.fromkeys((*self._finalists(found), *self._with_faster_stages())))
         failed: set[Plan] = set()
         while True:
             entrants = [plan for plan in finalists if plan not in failed]
@@ -127,9 +127,10 @@ class Finals:
         for holder in dict.fromkeys(plan for plan in self.incumbents if plan is not None and self._time_of(plan)):
             plan = with_faster_stages(holder, choices, self._stage_us)
             if plan != holder and engine.recorder.may_go_on():
-                engine.evaluate(Candidate("plan", plan))
+                if self._time_of(plan) is None:
+                    engine.evaluate(Candidate("plan", plan))
                 made.append(plan)
-        return made
+        return [plan for plan in made if self._time_of(plan) is not None]
 
     def _seems_slower(self, plan: Plan) -> bool:
         """Whether the trials say that some entry is slower with a plan than with what would run there without it."""

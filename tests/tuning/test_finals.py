@@ -133,12 +133,13 @@ def test_the_incumbent_with_a_faster_stage_is_tried_though_no_strategy_put_it_to
     setting, default, whole_us, wins
 ):
     holder, rival = varied(default, chunk_size=32), varied(default, chunk_size=128)
-    times = {holder: 50.0, rival: whole_us}
+    others = [varied(default, chunk_size=size, solve="blocks") for size in (16, 32, 64)]  # more than finalists by time
+    times = {holder: 50.0, rival: whole_us, **dict.fromkeys(others, 49.85)}
     lanes = ScriptedLanes(lambda plan: times.get(plan, 100.0))
     engine = setting(lanes)
     for plan, time_us in ((holder, 40.0), (rival, 30.0), (varied(default, chunk_size=64), 33.0)):
         engine.recorder.add(Candidate("stage", plan, plan, "whole"), Attempt("ok", None, (time_us,) * 3))
-    assert decide(engine, default, [holder], holder).plan == (rival if wins else holder)
+    assert decide(engine, default, [holder, *others], holder).plan == (rival if wins else holder)
     assert rival in lanes.compared[0]
 
 
