@@ -50,7 +50,7 @@ def merge(
     source: Annotated[str, typer.Argument(help="Database file or URL to take from; it is left as it is.")],
     db: DbOption = None,
 ) -> None:
-    """Take everything from another database; of two answers to one question the faster stays."""
+    """Take everything from another database; of two answers to one question the better one stays."""
     from sse_tune.database.store import TuningDatabase
 
     _must_exist(source)

@@ -11,7 +11,7 @@ import datetime
 import math
 from typing import TypeVar
 
-from sse_tune.database.fields import CHECKS, Json, Moment, Numbers, Times, Words, digest, plain
+from sse_tune.database.fields import CHECKS, Json, Moment, Numbers, Times, Words, canonical, digest, plain
 from sse_tune.errors import DatabaseError, PlanError
 from sse_tune.plan import Plan
 
@@ -87,7 +87,8 @@ class Answer(Record):
         timings_us: every raw timing, microseconds.
         errors: largest error found against the reference, by tensor.
         created: ISO 8601 with a time zone.
-        how: how it was found: study id, budget, measuring method, ...; any plain data.
+        how: how it was found: study id, budget, measuring method, ...; any plain data. A search names in "beside" the
+            keys of the plans that this one was chosen over, measured in turn.
     """
 
     bucket: str
@@ -112,8 +113,32 @@ class Answer(Record):
 
     @property
     def identity(self) -> str:
-        """Of two answers with the same identity only the faster is kept."""
+        """Of two answers with the same identity only one is kept, see `replaces`."""
         return digest([self.bucket, self.device, self.toolchain, self.sources])
+
+    def outdoes(self, other: Answer) -> bool:
+        """Whether this plan was chosen after the other answer was made, in a comparison that the other's plan was in.
+
+        The other's may be the same plan: what was measured last holds. Of two answers at most one outdoes the other.
+        """
+        if (self.bucket, self.device) != (other.bucket, other.device):
+            return False
+        beside = self.how.get("beside")
+        if not isinstance(beside, list) or not all(isinstance(key, str) for key in beside):
+            return False
+        return other.plan.key in (self.plan.key, *beside) and self._made > other._made
+
+    def replaces(self, other: Answer) -> bool:
+        """Whether this answer, and not the other of the same identity, is to be kept: one outdoes the other, or else
+        one is faster as recorded. Of two different answers exactly one replaces the other."""
+        if self.outdoes(other) or other.outdoes(self):
+            return self.outdoes(other)
+        mine, theirs = ((one.time_us, one._made, canonical(one.to_dict())) for one in (self, other))
+        return mine < theirs
+
+    @property
+    def _made(self) -> datetime.datetime:
+        return datetime.datetime.fromisoformat(self.created)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

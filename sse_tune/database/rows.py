@@ -67,11 +67,14 @@ def add_trial(connection: sa.Connection, trial: Trial) -> int:
 def put_answer(connection: sa.Connection, answer: Answer) -> bool:
     same = ANSWERS.c.identity == answer.identity
     values = {**row(answer), "identity": answer.identity}
-    if connection.execute(ANSWERS.update().where(same, ANSWERS.c.time_us > answer.time_us).values(values)).rowcount:
-        return True
-    if connection.execute(sa.select(ANSWERS.c.identity).where(same)).first() is not None:
+    # on a server the row is locked, so that what it is compared with stays until it is replaced
+    present = rows(connection, sa.select(ANSWERS).where(same).with_for_update(), Answer)
+    if not present:
+        connection.execute(ANSWERS.insert().values(values))
+    elif answer.replaces(present[0]):
+        connection.execute(ANSWERS.update().where(same).values(values))
+    else:
         return False
-    connection.execute(ANSWERS.insert().values(values))
     return True
 
 
@@ -93,7 +96,9 @@ def take_all(connection: sa.Connection, contents: Contents) -> int:
                 number = NEXT_NUMBER if trial.number in numbers else trial.number
                 numbers.add(add_trial(connection, dataclasses.replace(trial, number=number)))
                 taken += 1
-    taken += sum(put_answer(connection, answer) for answer in contents.answers)
+    # all take the locks of answers in this order: two that wait for each other would fail
+    answers = sorted(contents.answers, key=lambda answer: answer.identity)
+    taken += sum(put_answer(connection, answer) for answer in answers)
     return taken + sum(put_quarantined(connection, record) for record in contents.quarantine)
 
 

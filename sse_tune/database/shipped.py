@@ -65,13 +65,16 @@ def read_shipped(path: pathlib.Path) -> tuple[Answer, ...]:
 def write_shipped(answer: Answer, root: pathlib.Path | str) -> pathlib.Path:
     """Puts an answer into the folder of shipped ones and returns its file.
 
-    An earlier answer for the same toolchain gives way, unless it has the same template sources and is as fast.
+    An earlier answer for the same toolchain gives way, unless it outdoes this one, or has the same template sources and
+    this one does not replace it (`Answer.replaces`).
     """
     path = pathlib.Path(root) / answer.device / f"{answer.bucket}.json"
     present = list(read_shipped(path)) if path.exists() else []
-    if any(other.identity == answer.identity and other.time_us <= answer.time_us for other in present):
+    rivals = [other for other in present if other.toolchain == answer.toolchain]
+    same = [other for other in rivals if other.identity == answer.identity]
+    if any(other.outdoes(answer) for other in rivals) or not all(answer.replaces(other) for other in same):
         return path
-    kept = [other for other in present if other.toolchain != answer.toolchain]
+    kept = [other for other in present if other not in rivals]
     ordered = sorted([*kept, answer], key=lambda one: sorted(one.toolchain.items()))
     text = json.dumps(_HEAD | {"answers": [one.to_dict() for one in ordered]}, indent=2, allow_nan=False)
     write_atomically(path, lambda temporary: temporary.write_text(_compact(text) + "\n", encoding="utf-8"))

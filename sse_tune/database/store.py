@@ -132,7 +132,8 @@ class TuningDatabase:
     # answers
 
     def put_answer(self, answer: Answer) -> bool:
-        """Stores an answer unless one as fast is known for the same bucket, device, toolchain and sources.
+        """Stores an answer unless one that stays is known for the same bucket, device, toolchain and sources: one that
+        outdoes it, or that is as fast and not outdone (`Answer.replaces`).
 
         Returns:
             Whether it was stored.
@@ -196,11 +197,11 @@ class TuningDatabase:
     def take(self, contents: Contents) -> int:
         """Adds records in one transaction: all of them or, on an error, none.
 
-        What is known is passed over; of two answers the faster stays; a trial whose number is taken by another one
-        gets the next free number.
+        What is known is passed over; of two answers the faster stays, unless it was measured beside the other and not
+        chosen; a trial whose number is taken by another one gets the next free number.
 
         Returns:
-            How many records were new, or answers faster.
+            How many records were new, or answers replaced.
         """
         return self._write(lambda connection: take_all(connection, contents))
 

@@ -1,16 +1,19 @@
 """Problem to plan: the tuned answer of its bucket, else the nearest measured one, else the templates' defaults.
 
 An answer is used only where its GPU, toolchain and template sources still fit and its plan passes the constraints of
-the problem at hand; whatever was passed over is kept with its reason, for `explain`. Answers are read once a process:
-`clear_cache` makes later calls look again.
+the problem at hand; whatever was passed over is kept with its reason, for `explain`. Of one bucket's answers that fit,
+one that another was chosen over, measured in turn, gives way to it; then the fastest as recorded is taken. Answers are
+read once a process: `clear_cache` makes later calls look again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import pathlib
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -41,7 +44,7 @@ class Decision:
         source: "exact" (the answer of this bucket), "nearest" (of another one) or "default".
         reason: one sentence.
         answer: the record behind it; None: the default.
-        refused: answers that were closer, each with why it was not used.
+        refused: answers that came before it, each with why it was not used.
     """
 
     plan: Plan
@@ -133,31 +136,61 @@ def _known_answers(device: Device, database: str | None) -> tuple[Answer, ...]:
 
 
 def _choose(problem: Problem, device: Device, answers: tuple[Answer, ...]) -> Decision:
-    present, wanted = toolchain(), problem.bucket
-    refused = []
-    for distance, answer in by_distance(wanted, answers):
-        reason = fits(answer, device, present)
-        if reason is None:
-            try:
-                plan = narrow(answer.plan, problem)
-                validate_plan(plan, problem, device)
-            except (PlanError, ConstraintError, DeviceError) as error:
-                reason = str(error)
-        if reason is not None:
-            refused.append(f"{answer.bucket}: {reason}")
-            continue
-        if distance == 0:
-            return Decision(plan, "exact", f"measured for this bucket on {answer.created}", answer, tuple(refused))
-        nearest = f"the nearest measured bucket that fits is {answer.bucket}"
-        return Decision(plan, "nearest", nearest, answer, tuple(refused))
-    why = "no measured answer fits" if refused else "nothing is measured for this kind of problem on this device"
-    reason = f"{why}; tune it with `sse-tune search {_search_arguments(problem)}`"
-    return Decision(default_plan(problem, device), "default", reason, None, tuple(refused))
+    found, refused = first_that_fits(problem, device, answers)
+    if found is None:
+        why = "no measured answer fits" if refused else "nothing is measured for this kind of problem on this device"
+        reason = f"{why}; tune it with `sse-tune search {_search_arguments(problem)}`"
+        return Decision(default_plan(problem, device), "default", reason, None, refused)
+    answer, plan = found
+    if answer.bucket == problem.bucket.name:
+        return Decision(plan, "exact", f"measured for this bucket on {answer.created}", answer, refused)
+    return Decision(plan, "nearest", f"the nearest measured bucket that fits is {answer.bucket}", answer, refused)
 
 
-def by_distance(wanted: Bucket, answers: tuple[Answer, ...]) -> list[tuple[float, Answer]]:
-    """The answers that could serve, nearest first, and of one bucket the fastest first."""
-    found = []
+def first_that_fits(
+    problem: Problem, device: Device, answers: Sequence[Answer], others: Sequence[Problem] = ()
+) -> tuple[tuple[Answer, Plan] | None, tuple[str, ...]]:
+    """The answer to take, with its plan for the problem, and why those before it are refused.
+
+    Args:
+        problem, device: what runs, and where.
+        answers: all that are known.
+        others: further problems that the plan must be able to run.
+    """
+    present, refused = toolchain(), []
+    for _, pairs in itertools.groupby(by_distance(problem.bucket, answers), key=lambda pair: pair[1].bucket):
+        plans = [(answer, _plan_or_reason(answer, problem, device, present, others)) for _, answer in pairs]
+        # an answer is outdone by those that can run, no others
+        fitting = by_distance(problem.bucket, [answer for answer, plan in plans if isinstance(plan, Plan)])
+        for answer, plan in plans:
+            if isinstance(plan, str):
+                refused.append(f"{answer.bucket}: {plan}")
+            elif answer is fitting[0][1]:
+                return (answer, plan), tuple(refused)
+    return None, tuple(refused)
+
+
+def _plan_or_reason(
+    answer: Answer, problem: Problem, device: Device, present: Mapping[str, str | None], others: Sequence[Problem]
+) -> Plan | str:
+    """An answer's plan for a problem, or why it is refused."""
+    reason = fits(answer, device, present)
+    if reason is not None:
+        return reason
+    try:
+        plan = narrow(answer.plan, problem)
+        for posed in dict.fromkeys((problem, *others)):
+            validate_plan(plan, posed, device)
+    except (PlanError, ConstraintError, DeviceError) as error:
+        return str(error)
+    return plan
+
+
+def by_distance(wanted: Bucket, answers: Sequence[Answer]) -> list[tuple[float, Answer]]:
+    """The answers that could serve, nearest first; of one bucket those that none of the others outdoes come before the
+    rest, and the fastest first."""
+    found: list[tuple[float, Answer]] = []
+    of_bucket: dict[str, list[Answer]] = {}
     for answer in answers:
         try:
             bucket = Bucket.from_name(answer.bucket)
@@ -166,7 +199,14 @@ def by_distance(wanted: Bucket, answers: tuple[Answer, ...]) -> list[tuple[float
         distance = _distance(wanted, bucket)
         if distance is not None:
             found.append((distance, answer))
-    return sorted(found, key=lambda pair: (pair[0], pair[1].bucket, pair[1].time_us))
+            of_bucket.setdefault(answer.bucket, []).append(answer)
+
+    def place(pair: tuple[float, Answer]) -> tuple[float, str, bool, float]:
+        distance, answer = pair
+        outdone = any(other.outdoes(answer) for other in of_bucket[answer.bucket])
+        return distance, answer.bucket, outdone, answer.time_us
+
+    return sorted(found, key=place)
 
 
 def _distance(wanted: Bucket, other: Bucket) -> float | None:

@@ -80,7 +80,7 @@ class SearchReport:
         outcomes: trials by outcome.
         trials: all trials of the study, rejected ones included.
         wall_s: how long the search took.
-        stored: whether the database took the answer; it keeps the faster of two.
+        stored: whether the database took the answer; it keeps one that is faster as recorded and was not outdone.
         ties: how many other plans the noise cannot tell from the answer.
         frontier: plans that none beats in both time and memory, fastest first; empty where memory is not known.
         over_memory: how many plans were left out for needing more memory than allowed.

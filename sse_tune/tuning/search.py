@@ -246,6 +246,11 @@ def _answer(engine: Engine, verdict: Verdict, number: int, how: dict[str, object
     workload, device, plan = engine.workload, engine.evaluator.device, verdict.plan
     entry, timing = workload.entries[number], verdict.timing.entries[number]
     base = verdict.default
+    beside = [  # a plan that is better for other entries only is none that this entry's answer was chosen over
+        other.key for other, measured in verdict.timings.items()
+        if other != plan and not measured.entries[number].beats(timing)
+    ]  # fmt: skip
+    how = how | {"beside": beside}
     if workload.key is not None:
         how = how | {"workload": {
             "id": workload.id, "entries": len(workload.entries), "entry": entry.to_dict(),

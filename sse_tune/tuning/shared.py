@@ -8,15 +8,14 @@ from collections.abc import Sequence
 import optuna
 import sqlalchemy as sa
 
-from sse_tune.database.keys import fits
 from sse_tune.database.records import Answer
 from sse_tune.database.shipped import shipped_answers
 from sse_tune.database.store import TuningDatabase
-from sse_tune.device import Device, toolchain
+from sse_tune.device import Device
 from sse_tune.errors import ConstraintError, DatabaseError, DeviceError, PlanError, ProblemError
 from sse_tune.plan import Plan
 from sse_tune.problem import Bucket, Problem
-from sse_tune.runtime.dispatch import by_distance, narrow
+from sse_tune.runtime.dispatch import by_distance, first_that_fits, narrow
 from sse_tune.templates.registry import graph_of, validate_plan
 from sse_tune.templates.stages import stage_names
 from sse_tune.tuning.landscape import base_plan
@@ -101,19 +100,9 @@ def incumbent(
     An answer that cannot run `others`, the further problems of a workload, is passed over: the database keeps it where
     it is the faster one.
     """
-    present = toolchain()
     answers = (*database.answers(device.slug), *shipped_answers(device))
-    for _, answer in by_distance(problem.bucket, answers):
-        if fits(answer, device, present) is not None:
-            continue
-        try:
-            plan = narrow(answer.plan, problem)
-            for posed in dict.fromkeys((problem, *others)):
-                validate_plan(plan, posed, device)
-            return plan
-        except (PlanError, ConstraintError, DeviceError):
-            continue
-    return None
+    found, _ = first_that_fits(problem, device, answers, others)
+    return None if found is None else found[1]
 
 
 def shared_storage(database: TuningDatabase) -> optuna.storages.RDBStorage | None:

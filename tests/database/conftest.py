@@ -1,5 +1,7 @@
 """Records to store: real plans for real problems, with times that tests choose."""
 
+import dataclasses
+
 import pytest
 
 from sse_tune.database.keys import sources_of, toolchain_of
@@ -55,6 +57,18 @@ def make_answer():
         return Answer(**{**fields, **changes})
 
     return make
+
+
+@pytest.fixture
+def outdone(make_answer):
+    """An answer, and a later one of the same identity that outdoes it, though it is slower as recorded. As text the
+    later moment comes first."""
+    first = make_answer(100.0, created="2026-01-02T00:30:00+00:00")
+    choice = first.plan.stages["whole"]
+    other = dataclasses.replace(choice, config=choice.config.replace(chunk_size=16))
+    plan = first.plan.replace_stage("whole", other)
+    beside = {"beside": ["0" * 16, first.plan.key]}
+    return first, make_answer(101.0, plan=plan, how=beside, created="2026-01-02T00:00:00-01:00")
 
 
 @pytest.fixture

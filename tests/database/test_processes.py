@@ -1,5 +1,7 @@
 """Several processes at once, and processes that are killed: nothing stored is lost, nothing is stored by halves."""
 
+import concurrent.futures
+import dataclasses
 import multiprocessing
 import os
 import signal
@@ -7,14 +9,14 @@ import time
 
 import pytest
 
+from sse_tune.database.rows import put_answer
+from sse_tune.database.schema import writing
 from sse_tune.database.store import TuningDatabase
 
 WRITERS, EACH = 4, 12
 
 
 def _write_many(path, study_arguments, trial, answer, writer, start):
-    import dataclasses
-
     start.wait()
     with TuningDatabase(path) as database:  # all four make the file at once, too
         study = database.open_study(*study_arguments)
@@ -46,6 +48,21 @@ def test_four_writers_all_succeed(request, kind, path, demo, cpu, make_trial, ma
         assert {trial.reason for trial in trials} == {f"{w}/{i}" for w in range(WRITERS) for i in range(EACH)}
         assert [answer.time_us for answer in database.answers()] == [1000.0 - (EACH - 1)]
         assert len(database.quarantined()) == EACH
+
+
+@pytest.mark.postgres
+def test_an_answer_is_compared_with_the_one_that_it_replaces(postgres_url, outdone):
+    """A writer that began while another one was about to store what outdoes its answer."""
+    first, later = outdone
+    between = dataclasses.replace(first, time_us=90.0)
+    with TuningDatabase(postgres_url) as database, concurrent.futures.ThreadPoolExecutor(1) as pool:
+        database.put_answer(first)
+        with writing(database._engine) as connection:
+            assert put_answer(connection, later)
+            other = pool.submit(database.put_answer, between)
+            assert not concurrent.futures.wait([other], timeout=1.0).done
+        assert not other.result(timeout=60)
+        assert database.answers() == [later]
 
 
 def _write_until_killed(path, trial, stored):

@@ -61,6 +61,17 @@ def test_one_answer_for_each_toolchain(make_answer, tmp_path):
     assert {answer.time_us for answer in read_shipped(path)} == {300.0, 400.0}
 
 
+@pytest.mark.parametrize("sources", [{}, {"torch:another": "0"}], ids=["same sources", "other sources"])
+def test_what_was_outdone_is_not_shipped(outdone, tmp_path, sources):
+    first, later = outdone
+    later = dataclasses.replace(later, sources=sources or later.sources)
+    path = write_shipped(first, tmp_path)
+    write_shipped(later, tmp_path)
+    assert read_shipped(path) == (later,)
+    write_shipped(first, tmp_path)
+    assert read_shipped(path) == (later,)
+
+
 def test_misplaced_or_malformed(make_answer, tmp_path):
     path = write_shipped(make_answer(), tmp_path)
     moved = path.rename(path.with_name("elsewhere.json"))

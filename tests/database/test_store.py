@@ -1,6 +1,7 @@
 """The contract of the store: what is put in comes out, the faster answer stays, nothing is overwritten by accident."""
 
 import dataclasses
+import json
 import math
 import pathlib
 
@@ -61,6 +62,66 @@ def test_faster_answer_stays(database, make_answer):
     assert database.answers() == [first]
     assert database.put_answer(faster)
     assert database.answers() == [faster]
+
+
+def test_what_a_comparison_in_turn_decided_holds_though_the_record_is_slower(database, outdone):
+    first, later = outdone
+    assert database.put_answer(first)
+    assert database.put_answer(later)
+    assert database.answers() == [later]
+    assert not database.put_answer(first)
+    assert database.answers() == [later]
+
+
+def test_the_same_plan_measured_again_beside_others_takes_its_place(database, outdone):
+    _, before = outdone
+    again = dataclasses.replace(before, time_us=120.0, created="2026-01-03T00:00:00+00:00")
+    assert database.put_answer(before)
+    assert database.put_answer(again)
+    assert not database.put_answer(before)
+    assert database.answers() == [again]
+
+
+def test_at_most_one_answer_outdoes_the_other(outdone):
+    first, later = outdone
+    assert later.outdoes(first)
+    assert not first.outdoes(later)
+    naming = dataclasses.replace(first, how={"beside": [later.plan.key]})
+    assert not naming.outdoes(later), "it is older"
+    assert later.outdoes(naming)
+    assert not later.outdoes(dataclasses.replace(first, created=later.created))
+    assert not later.outdoes(later)
+
+
+@pytest.mark.parametrize("beside", [None, "KEY", ["KEY", 1], {"KEY": 1}, [["KEY"]], [], ["another"]], ids=str)
+def test_an_answer_that_does_not_name_the_other_does_not_outdo_it(outdone, beside):
+    first, later = outdone
+    how = json.loads(json.dumps({"beside": beside}).replace("KEY", first.plan.key))
+    assert not dataclasses.replace(later, how=how).outdoes(first)
+    assert not dataclasses.replace(later, how={}).outdoes(first)
+
+
+@pytest.mark.parametrize("changes", [{"bucket": "another"}, {"device": "another"}], ids=str)
+def test_answers_of_another_bucket_or_device_are_not_outdone(outdone, changes):
+    first, later = outdone
+    assert not later.outdoes(dataclasses.replace(first, **changes))
+
+
+@pytest.mark.parametrize("time_us", [101.0, 100.0], ids=["outdone", "outdone by a tie"])
+@pytest.mark.parametrize("decided", [True, False])
+def test_merges_in_either_order_end_with_the_same_answer(tmp_path, outdone, time_us, decided):
+    first, later = outdone
+    later = dataclasses.replace(later, time_us=time_us, how=later.how if decided else {})
+    kept = []
+    for number, answers in enumerate(((first, later), (later, first))):
+        paths = (tmp_path / f"{name}{number}.db" for name in ("here", "there"))
+        with TuningDatabase(next(paths)) as here, TuningDatabase(next(paths)) as there:
+            here.put_answer(answers[0])
+            there.put_answer(answers[1])
+            here.merge(there)
+            kept += here.answers()
+            assert here.merge(there) == 0
+    assert kept == [later if decided else first] * 2
 
 
 @pytest.mark.parametrize(

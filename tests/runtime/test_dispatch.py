@@ -80,6 +80,67 @@ def test_shipped_answers_count_too(home, monkeypatch):
     assert chunk_size(decide(DEMO, CPU)) == 128
 
 
+def chosen_over(*others, time_us=101.0, day=2, **changes):
+    """An answer, slower as recorded, found on a day of January in a comparison with the plans of others."""
+    how = {"beside": [other.plan.key for other in others]}
+    return answer_of(DEMO, 32, time_us, created=f"2026-01-{day:02}T00:00:00+00:00", how=how, **changes)
+
+
+def earlier(chunk_size, time_us=100.0, **changes):
+    return answer_of(DEMO, chunk_size, time_us, created="2026-01-01T00:00:00+00:00", **changes)
+
+
+def test_what_a_comparison_in_turn_decided_holds_though_the_record_is_slower(home, monkeypatch):
+    shipped = earlier(128)
+    monkeypatch.setattr(dispatch, "shipped_answers", lambda device: (shipped,))
+    mine = chosen_over(shipped)
+    store(home, mine)
+    decision = decide(DEMO, CPU)
+    assert (decision.source, decision.answer, decision.refused) == ("exact", mine, ())
+    monkeypatch.setattr(dispatch, "shipped_answers", lambda device: (shipped, earlier(64, 100.5)))
+    clear_cache()
+    assert chunk_size(decide(DEMO, CPU)) == 64, "nothing but the record says which is faster"
+
+
+def test_an_older_answer_does_not_outdo_a_newer_one(home, monkeypatch):
+    shipped = earlier(128)
+    monkeypatch.setattr(dispatch, "shipped_answers", lambda device: (shipped,))
+    store(home, dataclasses.replace(chosen_over(shipped), created="2025-12-31T00:00:00+00:00"))
+    assert chunk_size(decide(DEMO, CPU)) == 128
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [(dict(toolchain={"torch": "1.0"}), "torch 1.0"), (dict(plan=7), "chunk_size")], ids=str
+)
+def test_an_answer_that_does_not_fit_outdoes_nothing(change, reason, monkeypatch):
+    """Of what fits the fastest is taken, and not what the unfit one did not outdo."""
+    best, slower = earlier(128), earlier(64, 100.5)
+    if "plan" in change:
+        change = dict(plan=answer_of(DEMO, change["plan"]).plan)
+    unfit = chosen_over(best, **change)
+    monkeypatch.setattr(dispatch, "shipped_answers", lambda device: (slower, best, unfit))
+    decision = decide(DEMO, CPU)
+    assert (decision.source, chunk_size(decision)) == ("exact", 128)
+    assert len(decision.refused) == 1 and reason in decision.refused[0]
+    monkeypatch.setattr(dispatch, "shipped_answers", lambda device: (best, unfit))
+    clear_cache()
+    assert chunk_size(decide(DEMO, CPU)) == 128
+
+
+def test_of_three_the_last_to_be_chosen_is_taken_and_without_it_the_one_before(monkeypatch):
+    first = earlier(128)
+    second = dataclasses.replace(chosen_over(first), time_us=102.0)
+    third = dataclasses.replace(chosen_over(second, time_us=103.0, day=3), plan=earlier(64).plan)
+    for answers, expected in (((first, second, third), third), ((first, second), second)):
+        monkeypatch.setattr(dispatch, "shipped_answers", lambda device, answers=answers: answers)
+        clear_cache()
+        assert decide(DEMO, CPU).answer == expected
+    unfit = dataclasses.replace(third, toolchain={"torch": "1.0"})
+    monkeypatch.setattr(dispatch, "shipped_answers", lambda device: (first, second, unfit))
+    clear_cache()
+    assert decide(DEMO, CPU).answer == second
+
+
 def test_the_nearest_is_taken(home):
     store(home, answer_of(DEMO.replace(seq_len=2048), 32), answer_of(DEMO.replace(seq_len=16384), 128))
     decision = decide(DEMO, CPU)

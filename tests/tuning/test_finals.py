@@ -357,6 +357,17 @@ def test_the_incumbent_is_what_a_call_would_take(small, cpu, default, tmp_path):
         assert decision(small, cpu, database).plan == kept
 
 
+def test_the_incumbent_is_the_answer_that_was_chosen_over_a_faster_record(small, cpu, default, tmp_path, monkeypatch):
+    shipped = answer_of(small, cpu, varied(default, chunk_size=32), 49.0, created="2026-01-01T00:00:00+00:00")
+    monkeypatch.setattr(shared, "shipped_answers", lambda device=None: (shipped,))
+    mine = answer_of(small, cpu, varied(default, chunk_size=16), 50.0, how={"beside": [shipped.plan.key]})
+    with TuningDatabase(tmp_path / "tuning.db") as database:
+        assert incumbent(database, small, cpu) == shipped.plan
+        database.put_answer(mine)
+        assert incumbent(database, small, cpu) == mine.plan
+        assert known_plans(database, small, cpu, ("torch",)) == [mine.plan, shipped.plan]
+
+
 def test_the_always_on_stream_alone_begins_with_what_is_fast_beside_partitions(tmp_path, monkeypatch):
     shipped = [answer for answer in shared.shipped_answers() if Bucket.from_name(answer.bucket).num_partitions]
     monkeypatch.setattr(shared, "shipped_answers", lambda: shipped)

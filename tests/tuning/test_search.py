@@ -124,6 +124,28 @@ def test_bad_candidates_are_recorded_and_not_tried_again(small, database, cpu, m
     assert again.outcomes["rejected"] >= 2
 
 
+def test_an_answer_names_what_it_was_measured_beside_and_outdoes_it(small, database, cpu, monkeypatch):
+    """The stored one was measured on a day with higher clocks."""
+    compared = []
+
+    class Noting(PlantedWorker):
+        def run(self, job, *arguments, deadline_s):
+            if job.__name__ == "time_in_turn":
+                compared.append(list(arguments[0]))
+            return super().run(job, *arguments, deadline_s=deadline_s)
+
+    monkeypatch.setattr(machine, "Worker", lambda gpu, threads: Noting(()))
+    stored = varied(default_plan(small, cpu), chunk_size=16)
+    database.put_answer(answer_of(small, cpu, stored, 50.0))
+    report = search(small, 30, database=database, trials=3, device=cpu)
+    assert report.plan != stored
+    (answer,) = database.answers()
+    assert (answer.plan, answer.time_us) == (report.plan, report.best.median_us)
+    assert report.stored and answer.time_us > 50.0
+    assert stored.key in answer.how["beside"]
+    assert answer.how["beside"] == [key for key in compared[-1] if key != report.plan.key]
+
+
 def test_default_stays_unless_beaten_beyond_the_noise(small, database, cpu, monkeypatch):
     class Tied(PlantedWorker):
         def run(self, job, *arguments, deadline_s):

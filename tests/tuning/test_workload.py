@@ -15,11 +15,11 @@ from sse_tune.problem import Problem
 from sse_tune.reference.routing import largest
 from sse_tune.space import Config, Constraint, Param, Space
 from sse_tune.templates.registry import default_plan
-from sse_tune.tuning import jobs, landscape
+from sse_tune.tuning import jobs, landscape, machine
 from sse_tune.tuning.candidates import Candidate
 from sse_tune.tuning.cases import QUICK
 from sse_tune.tuning.engine import Engine
-from sse_tune.tuning.evaluate import Evaluator
+from sse_tune.tuning.evaluate import Evaluator, Job
 from sse_tune.tuning.finals import Finals
 from sse_tune.tuning.inputs import workload as make_inputs
 from sse_tune.tuning.jobs import Attempt
@@ -451,6 +451,29 @@ def test_timings_of_all_entries_are_compared(small):
 
 
 # the whole
+
+
+def test_an_entry_s_answer_is_chosen_over_no_plan_that_is_faster_there(plans, tmp_path, small, cpu, monkeypatch):
+    default, light, winner, _ = plans
+    times = {default: (100.0, 1000.0), light: (50.0, 990.0), winner: (99.0, 700.0)}
+    load = of(small, {"weight": 3, "seq_len": 64}, {"weight": 1, "seq_len": 1024})
+    lanes = ScriptedLanes(load, lambda plan, number: times.get(plan, (200.0, 2000.0))[number])
+
+    class Scripted:
+        def close(self):
+            pass
+
+        def run(self, function, *arguments, deadline_s):
+            return lanes.run(Job(function, arguments, deadline_s))
+
+    monkeypatch.setattr(machine, "Worker", lambda gpu, threads: Scripted())
+    with TuningDatabase(tmp_path / "tuning.db") as database:
+        search(small, 30, database=database, device=cpu, workload=load)
+        answers = {answer.time_us: answer for answer in database.answers()}
+    assert {answer.plan for answer in answers.values()} == {winner}
+    beside = {time_us: set(answer.how["beside"]) for time_us, answer in answers.items()}
+    assert {default.key, light.key} <= beside[700.0]
+    assert beside[99.0] == beside[700.0] - {light.key}
 
 
 def test_search_finds_one_answer_for_the_buckets_of_all_entries(tmp_path, cpu):
