@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from sse_tune.problem import Problem
 
 _CLOCK = {
-    "cuda": "Medians by CUDA events over the call as a user makes it, the host's work included. graph: the same "
-    "kernels replayed from a CUDA graph, as only a call can be that never waits for the host; the peers' pipelines do.",
+    "cuda": "Medians by CUDA events over calls as a user makes them, each behind another: of the host's work what it "
+    "cannot do ahead counts. idle: a single call on a GPU that waits, the host's work before the first long kernel "
+    "included. graph: the same kernels replayed from a CUDA graph, as only a call can be that never waits for the "
+    "host; the peers' pipelines do.",
     "cpu": "Medians by the clock over the call as a user makes it.",
 }
 
@@ -187,7 +189,7 @@ def _print(own: Bench, kind: str, stages: bool) -> None:
     table.caption_justify = "left"
     table.add_column("")
     for direction in own.floors:
-        for heading in (f"{direction} ± noise", "x floor", "extra MiB"):
+        for heading in (f"{direction} ± noise", "x floor", "idle", "extra MiB"):
             table.add_column(heading, justify="right")
     table.add_column("", overflow="fold")
     parts: tuple[SideResult | LeftOut | PeerReport, ...] = (*own.results, *own.left_out, *own.peers)
@@ -202,21 +204,22 @@ def _print(own: Bench, kind: str, stages: bool) -> None:
         ("floor, all in one", "fused_us", "inputs and results once, the same FLOPs"),
     ):
         floors = [(getattr(floor, attribute), floor.time_us) for floor in own.floors.values()]
-        cells = [cell for least, whole in floors for cell in (shown_time(least), f"{least / whole:.2f}", "-")]
+        cells = [cell for least, whole in floors for cell in (shown_time(least), f"{least / whole:.2f}", "-", "-")]
         table.add_row(label, *cells, note)
     console().print(table)
     if stages:
         _print_stages(own)
 
 
-def _cells(result: SideResult | None, floor_us: float) -> tuple[str, str, str]:
-    """Time, ratio to the floor, and memory of a side in one direction."""
+def _cells(result: SideResult | None, floor_us: float) -> tuple[str, str, str, str]:
+    """Time, ratio to the floor, time on an idle GPU, and memory of a side in one direction."""
     if result is None:
-        return "-", "-", "-"
+        return "-", "-", "-", "-"
     timing = result.timing
+    idle = "-" if result.idle is None else shown_time(result.idle.median_us)
     extra = "-" if result.peak_bytes is None else f"{result.peak_bytes / 2**20:.0f}"
     time = f"{shown_time(timing.median_us)} ± {shown_time(timing.noise_us)}"
-    return time, f"{timing.median_us / floor_us:.2f}", extra
+    return time, f"{timing.median_us / floor_us:.2f}", idle, extra
 
 
 def _note(own: Bench, name: str) -> str:

@@ -1,8 +1,9 @@
 """The sides of a comparison: calls as a user makes them, what they allocate, and all of them timed in turn.
 
-A side is one implementation in one direction. All are timed in one `compare`, by CUDA events over the call, the work of
-the host included; this project's are there a second time as replays of a CUDA graph, which is how a user can run them
-and which a pipeline that synchronises with the host cannot be.
+A side is one implementation in one direction. All are timed in one `compare_calls`, by CUDA events over the call:
+behind other calls, where what the host cannot do ahead counts, and on an idle GPU, where all that it does before the
+first long kernel counts. This project's are there a second time as replays of a CUDA graph, which is how a user can run
+them and which a pipeline that synchronises with the host cannot be.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sse_tune.runtime.pipeline import WITHOUT_TOKENS, Execution, Inputs
 from sse_tune.tuning import measure
 from sse_tune.tuning.inputs import Case
 from sse_tune.tuning.jobs import in_graph, torch_device
-from sse_tune.tuning.measure import Timing, compare
+from sse_tune.tuning.measure import Timing, compare_calls
 
 Run = Callable[[Inputs], Tensor]  # inputs -> o, differentiable; tokens [R] in both, or [B, T] in both
 GRAPH = ", graph"
@@ -52,11 +53,17 @@ class Side:
 
 @dataclasses.dataclass(frozen=True)
 class SideResult:
-    """What a side takes."""
+    """What a side takes.
+
+    Args:
+        name, direction, peak_bytes: see `Side`.
+        timing, idle: see `Calls`.
+    """
 
     name: str
     direction: str
     timing: Timing
+    idle: Timing | None
     peak_bytes: int | None
 
     def to_dict(self) -> dict[str, object]:
@@ -65,6 +72,7 @@ class SideResult:
             "median_us": self.timing.median_us,
             "noise_us": self.timing.noise_us,
             "repeats": len(self.timing.times_us),
+            "idle_us": None if self.idle is None else self.idle.median_us,
             "peak_bytes": self.peak_bytes,
         }
 
@@ -220,8 +228,8 @@ def time_sides(sides: list[Side], where: str, time_limit_s: float) -> list[SideR
     ordered = sorted(sides, key=lambda side: side.direction)  # stable; "fwd" comes before "fwd+bwd"
     calls = {f"{side.direction} {side.name}": side.call for side in ordered}
     assert len(calls) == len(sides), "two sides of one name"
-    timings = compare(calls, where, time_limit_s=time_limit_s)
+    found = compare_calls(calls, where, time_limit_s=time_limit_s)
     return [
-        SideResult(side.name, side.direction, timing, side.peak_bytes)
-        for side, timing in zip(ordered, timings.values(), strict=True)
+        SideResult(side.name, side.direction, of_side.timing, of_side.idle, side.peak_bytes)
+        for side, of_side in zip(ordered, found.values(), strict=True)
     ]

@@ -1,7 +1,8 @@
 """How long a call takes: warm, L2 flushed, medians with their spread; rivals are measured in turn.
 
-On a GPU by CUDA events, in a CUDA graph where asked for; on a CPU by the clock, the same way. Repeats end when the
-median is known well enough; samples that stick out are measured again, and what is hopeless is left after two.
+On a GPU by CUDA events, in a CUDA graph where asked for, alone or in rows (`compare_calls`); on a CPU by the clock,
+the same way. Repeats end when the median is known well enough; samples that stick out are measured again, and what is
+hopeless is left after two.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 MAX_REPEATS = 400
+IN_A_ROW = 4  # calls of one side before the host waits for them: one on an idle GPU, the others behind it
 PRECISION = 0.005  # of the median: half its 95 % interval
 _OUTLIER_IQRS = 3.0  # beyond the upper quartile: something else ran
 _MIN_FOR_QUARTILES = 5
@@ -109,6 +111,35 @@ class Measured:
         return tuple(number for number, (mine, theirs) in pairs if theirs.beats(mine))
 
 
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """What a call takes behind others, and alone.
+
+    Args:
+        timing: of calls launched behind another without waiting for it, as in a step of many layers; where rows are of
+            one call, of each.
+        idle: of the first ones of rows, on a GPU that waits; None where rows are of one call.
+    """
+
+    timing: Timing
+    idle: Timing | None = None
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[float, ...]]) -> Calls:
+        """By rows of one length."""
+        if len(rows[0]) == 1:
+            return cls(Timing(tuple(time_us for (time_us,) in rows)))
+        behind, idle = tuple(time_us for row in rows for time_us in row[1:]), tuple(row[0] for row in rows)
+        return cls(Timing(behind), Timing(idle))
+
+    @property
+    def outlying_rows(self) -> set[int]:
+        """The rows of which a sample sticks out."""
+        idle = self.idle or self.timing
+        behind = len(self.timing.times_us) // len(idle.times_us)  # in a row
+        return {i // behind for i in self.timing.outliers} | set(idle.outliers)
+
+
 def compare(
     sides: Mapping[str, Callable[[], object]],
     device: torch.device | str,
@@ -137,37 +168,69 @@ def compare(
         A `Timing` of each side; all have as many samples, and the i-th ones were taken in turn. A repeat in which a
         side stuck out is taken again, of all sides, once.
     """
-    where = torch.device(device)
     calls = dict(sides)
-    if where.type == "cuda":
-        if graph:
-            pool = torch.cuda.graph_pool_handle()  # one graph runs at a time: together they take what the largest does
-            calls = {name: captured(call, pool) for name, call in calls.items()}
-        sample: Callable[[Callable[[], object]], float] = _GpuSampler(where)
-    else:
-        sample = _CpuSampler()
+    where = torch.device(device)
+    if where.type == "cuda" and graph:
+        pool = torch.cuda.graph_pool_handle()  # one graph runs at a time: together they take what the largest does
+        calls = {name: captured(call, pool) for name, call in calls.items()}
+    found = _rows_in_turn(calls, where, 1, time_limit_s, min_repeats, give_up_us, until_precise, shares)
+    return {name: Calls.of(rows).timing for name, rows in found.items()}
+
+
+def compare_calls(
+    sides: Mapping[str, Callable[[], object]],
+    device: torch.device | str,
+    *,
+    time_limit_s: float = 2.0,
+    min_repeats: int = 5,
+    in_a_row: int = IN_A_ROW,
+) -> dict[str, Calls]:
+    """Times several calls in turn, as `compare` does, but in rows: the host waits only at the end of each, and of its
+    work only what it cannot do ahead counts for a call behind another.
+
+    Args:
+        sides, device, time_limit_s: see `compare`.
+        min_repeats: of each side, all calls of its rows counted.
+        in_a_row: calls of a row on a GPU; on a CPU, which runs nothing ahead, one.
+
+    Returns:
+        The `Calls` of each side; the i-th samples of all were taken in turn, and outliers are taken again by rows.
+    """
+    where = torch.device(device)
+    found = _rows_in_turn(sides, where, in_a_row if where.type == "cuda" else 1, time_limit_s, min_repeats)
+    return {name: Calls.of(rows) for name, rows in found.items()}
+
+
+def _rows_in_turn(
+    calls: Mapping[str, Callable[[], object]], where: torch.device, in_a_row: int, time_limit_s: float,
+    min_repeats: int, give_up_us: float | None = None, until_precise: bool = False,
+    shares: Sequence[float] | None = None,
+) -> dict[str, list[tuple[float, ...]]]:  # fmt: skip
+    """The rows of each side, which take turns; see `compare`."""
+    sample = _sampler(where, in_a_row)
     for call in calls.values():
         sample(call)
-    sample_times: dict[str, list[float]] = {name: [] for name in calls}
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in calls}
 
     def judged() -> list[Timing]:
-        timings = [Timing(tuple(times)) for times in sample_times.values()]
+        timings = [Calls.of(rows).timing for rows in found.values()]
         return timings if shares is None else [weighted(timings, shares)]
 
     begin = time.perf_counter()
-    for repeat in range(MAX_REPEATS):
-        if repeat >= min_repeats and time.perf_counter() - begin >= time_limit_s:
+    for number in range(MAX_REPEATS // in_a_row):
+        enough = number * in_a_row >= min_repeats
+        if enough and time.perf_counter() - begin >= time_limit_s:
             break
-        if repeat == 2 and give_up_us is not None and all(min(t.times_us) > give_up_us for t in judged()):
+        if number == 2 and give_up_us is not None and all(min(t.times_us) > give_up_us for t in judged()):
             break
-        if until_precise and repeat >= min_repeats and all(t.is_precise for t in judged()):
+        if until_precise and enough and all(t.is_precise for t in judged()):
             break
         for name, call in calls.items():
-            sample_times[name].append(sample(call))
-    for repeat in sorted({i for times in sample_times.values() for i in Timing(tuple(times)).outliers}):
+            found[name].append(sample(call))
+    for number in sorted(set().union(*(Calls.of(rows).outlying_rows for rows in found.values()))):
         for name, call in calls.items():
-            sample_times[name][repeat] = sample(call)
-    return {name: Timing(tuple(times)) for name, times in sample_times.items()}
+            found[name][number] = sample(call)
+    return found
 
 
 def measure(
@@ -214,21 +277,31 @@ def captured(call: Callable[[], object], pool: Any = None) -> Callable[[], objec
     return graph.replay
 
 
+def _sampler(device: torch.device, in_a_row: int) -> Callable[[Callable[[], object]], tuple[float, ...]]:
+    """What times one row of a call."""
+    if device.type == "cuda":
+        return _GpuSampler(device, in_a_row)
+    one = _CpuSampler()
+    return lambda call: (one(call),)
+
+
 class _GpuSampler:
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, in_a_row: int) -> None:
         self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device)
         self.device = device
+        self.in_a_row = in_a_row
 
-    def __call__(self, call: Callable[[], object]) -> float:
+    def __call__(self, call: Callable[[], object]) -> tuple[float, ...]:
         with torch.cuda.device(self.device):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            # the flush also keeps the GPU busy while the host launches, so that launches of a short call overlap it
-            self.flush.zero_()
-            start.record()
-            call()
-            stop.record()
-            stop.synchronize()
-        return start.elapsed_time(stop) * 1e3
+            events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(self.in_a_row)]
+            for start, stop in events:
+                # the flush also keeps the GPU busy while the host launches, so that launches of a short call overlap it
+                self.flush.zero_()
+                start.record()
+                call()
+                stop.record()
+            events[-1][1].synchronize()
+        return tuple(start.elapsed_time(stop) * 1e3 for start, stop in events)
 
 
 class _CpuSampler:

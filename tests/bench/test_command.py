@@ -12,6 +12,7 @@ from sse_tune.bench import plans, plot
 from sse_tune.bench.plans import Bench
 from sse_tune.bench.sides import SideResult
 from sse_tune.cli import app
+from sse_tune.cli_bench import _print
 from sse_tune.plan import Plan
 from sse_tune.problem import Problem
 from sse_tune.runtime.dispatch import Decision
@@ -63,7 +64,7 @@ def made(problem, sides=("default", "mask, fla-core")):
         {way: Decision(PLAN, "default", "a reason") for way in directions},
         dict.fromkeys(directions, floor),
         tuple(
-            SideResult(name, way, Timing((size * (1 + index),)), 2**20)
+            SideResult(name, way, Timing((size * (1 + index),)), Timing((size * (2 + index),)), 2**20)
             for way in directions
             for index, name in enumerate(sides)
         ),
@@ -93,7 +94,23 @@ def test_a_forward_problem_has_one_direction_and_its_table_no_memory_on_a_cpu(tm
     assert json.loads(found.stdout.splitlines()[-1])["benches"][0]["forward"] is None
     assert "fwd+bwd ±" not in found.stdout
     row = next(line for line in found.stdout.splitlines() if "default" in line)
-    assert [cell.strip() for cell in row.split("│")][4] == "-"
+    assert [cell.strip() for cell in row.split("│")][4:6] == ["-", "-"]
+    assert "Medians by the clock" in found.stdout
+    assert "idle:" not in found.stdout
+
+
+def test_a_single_call_on_an_idle_gpu_has_a_column_of_its_own(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    _print(made(Problem.preset("demo", seq_len=24, num_partitions=4, direction="fwd")), "cuda", False)
+    shown = capsys.readouterr().out
+    cells = [[cell.strip() for cell in line.strip("│┃").replace("┃", "│").split("│")] for line in shown.splitlines()]
+    names = ("x floor", "default", "floor, all in one")
+    head, row, floor = (next(row for row in cells if name in row) for name in names)
+    assert dict(zip(head[1:5], row[1:5])) == {
+        "fwd ± noise": "0.120 ms ± 0.0 us", "x floor": "10.00", "idle": "0.240 ms", "extra MiB": "1"
+    }  # fmt: skip
+    assert floor[3:] == ["-", "-", "inputs and results once, the same FLOPs"]
+    assert "a single call on a GPU that waits" in " ".join(shown.split())
 
 
 def test_several_partition_counts_are_several_problems(tmp_path):

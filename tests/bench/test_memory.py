@@ -13,7 +13,7 @@ from sse_tune.problem import Problem
 from sse_tune.templates.registry import default_plan
 from sse_tune.templates.roofline import Ceilings
 from sse_tune.tuning.inputs import workload
-from sse_tune.tuning.measure import Timing
+from sse_tune.tuning.measure import Calls, Timing
 
 CPU = Device.detect("cpu")
 
@@ -62,12 +62,12 @@ def test_a_call_that_does_not_fit_has_no_replay_and_a_replay_that_does_not_leave
 
 @pytest.mark.parametrize(("most", "timed"), [(3, ["a", "a, graph", "b"]), (2, ["a", "b"]), (1, [])])
 def test_replays_give_way_where_the_calls_do_not_fit_beside_them(monkeypatch, most, timed):
-    def compare(calls, where, *, time_limit_s):
+    def compare_calls(calls, where, *, time_limit_s):
         if len(calls) > most:
             raise MemoryError("planted")
-        return {name: Timing((1.0,)) for name in calls}
+        return {name: Calls(Timing((1.0,))) for name in calls}
 
-    monkeypatch.setattr(sides, "compare", compare)
+    monkeypatch.setattr(sides, "compare_calls", compare_calls)
     made = [Side(name, "fwd", lambda: None) for name in ("a", "a" + GRAPH, "b")]
     left_out = []
     results = time_what_fits(made, "cpu", 0.1, left_out)

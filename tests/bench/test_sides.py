@@ -10,6 +10,7 @@ from sse_tune.problem import Problem
 from sse_tune.templates.registry import default_plan
 from sse_tune.tuning.compare import exact
 from sse_tune.tuning.jobs import workload
+from sse_tune.tuning.measure import Calls, Timing
 
 CPU = Device.detect("cpu")
 
@@ -28,7 +29,19 @@ def test_all_sides_are_timed_in_turn_those_of_one_direction_beside_each_other():
     assert calls == order * (len(calls) // len(order))
     # outliers are measured again: a round may leave a time out
     assert all(5 <= len(result.timing.times_us) < len(calls) // len(order) for result in results)
-    assert results[0].to_dict().keys() == {"median_us", "noise_us", "repeats", "peak_bytes"}
+    assert results[0].to_dict().keys() == {"median_us", "noise_us", "repeats", "idle_us", "peak_bytes"}
+    assert results[0].to_dict()["idle_us"] is None
+
+
+def test_calls_behind_others_stand_beside_those_on_an_idle_gpu(monkeypatch):
+    found = Calls(Timing((1.0, 2.0, 3.0)), Timing((5.0, 4.0, 9.0)))
+    monkeypatch.setattr(sides, "compare_calls", lambda calls, where, time_limit_s: dict.fromkeys(calls, found))
+    (result,) = sides.time_sides([Side("a", "fwd", lambda: None, 7)], "cuda", 1.0)
+    assert (result.timing, result.idle) == (found.timing, found.idle)
+    noise_us = found.timing.noise_us
+    assert result.to_dict() == {
+        "median_us": 2.0, "noise_us": noise_us, "repeats": 3, "idle_us": 5.0, "peak_bytes": 7
+    }  # fmt: skip
 
 
 def test_memory_is_not_known_on_a_cpu_but_a_call_that_fails_fails_there():

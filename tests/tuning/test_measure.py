@@ -1,9 +1,11 @@
 """Timing: medians with their noise, rivals in turn, and a winner only beyond the noise."""
 
+import contextlib
 import time
 import types
 
 import pytest
+import torch
 
 from sse_tune.device import ARCHS
 from sse_tune.problem import Problem
@@ -11,7 +13,7 @@ from sse_tune.templates.registry import default_plan
 from sse_tune.tuning import jobs
 from sse_tune.tuning import measure as measuring
 from sse_tune.tuning.jobs import Attempt
-from sse_tune.tuning.measure import Timing, compare, measure
+from sse_tune.tuning.measure import Timing, compare, compare_calls, measure
 from sse_tune.tuning.workload import Workload
 
 
@@ -102,6 +104,114 @@ def test_outliers_are_measured_again_in_turn(scripted):
 def test_a_sample_that_is_slow_again_stays(scripted):
     scripted(a=[1.0, 100.0, 101.0, 900.0, 99.0, 100.0, 901.0])
     assert 901.0 in measure(lambda: "a", "cpu", time_limit_s=0, min_repeats=5).times_us
+
+
+class FakeGpu:
+    """A GPU that runs what the host launched in order, on a clock of its own in microseconds."""
+
+    def __init__(self):
+        self.log, self.host, self.done = [], 0.0, 0.0
+        self.int8 = torch.int8
+        self.device = torch.device
+        self.cuda = types.SimpleNamespace(Event=self.event, device=lambda device: contextlib.nullcontext())
+
+    def launch(self, name, gpu_us):
+        self.log.append(name)
+        self.done = max(self.done, self.host) + gpu_us
+
+    def wait(self):
+        self.host = max(self.host, self.done)
+
+    def empty(self, size, dtype, device):
+        return types.SimpleNamespace(zero_=lambda: self.launch("flush", 50.0))
+
+    def event(self, enable_timing):
+        made = types.SimpleNamespace()
+
+        def record():
+            self.launch("event", 0.0)
+            made.at = self.done
+
+        def synchronize():
+            self.log.append("synchronize")
+            self.host = max(self.host, made.at)
+
+        made.record, made.synchronize = record, synchronize
+        made.elapsed_time = lambda stop: (stop.at - made.at) / 1e3
+        return made
+
+    def side(self, name, host_us=100.0, gpu_us=(300.0,), waits=False):
+        """A call: the host works, then launches; the last of `gpu_us` repeats."""
+        times = list(gpu_us)
+
+        def call():
+            if waits:
+                self.wait()
+            self.host += host_us
+            self.launch(name, times.pop(0) if len(times) > 1 else times[0])
+
+        return call
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    fake = FakeGpu()
+    monkeypatch.setattr(measuring, "torch", fake)
+    return fake
+
+
+def test_a_row_of_calls_waits_once_at_its_end_and_sides_take_turns(gpu):
+    compare_calls({name: gpu.side(name) for name in "ab"}, "cuda", time_limit_s=0, min_repeats=5)
+    rows = [["flush", "event", name, "event"] * 4 + ["synchronize"] for name in "ab"]
+    assert gpu.log == (rows[0] + rows[1]) * 3, "one to warm up; two have five calls"
+
+
+def test_what_the_host_does_ahead_counts_for_a_call_on_an_idle_gpu_only(gpu):
+    sides = {"ahead": gpu.side("ahead"), "waits": gpu.side("waits", waits=True)}
+    found = compare_calls(sides, "cuda", time_limit_s=0, min_repeats=8)
+    assert found["ahead"].timing.times_us == pytest.approx((300.0,) * 6)
+    assert found["ahead"].idle.times_us == pytest.approx((350.0,) * 2), "the flush hides half of the host's work"
+    assert found["waits"].timing.times_us == pytest.approx((400.0,) * 6), "the host is never ahead"
+    assert found["waits"].idle.times_us == pytest.approx((400.0,) * 2)
+
+
+def test_samples_behind_one_another_are_in_the_order_taken(gpu):
+    times = [float(100 * (1 + i)) for i in range(12)]  # the first four to warm up
+    (found,) = compare_calls({"a": gpu.side("a", 0.0, times)}, "cuda", time_limit_s=0, min_repeats=8).values()
+    assert found.idle.times_us == pytest.approx((500.0, 900.0))
+    assert found.timing.times_us == pytest.approx((600.0, 700.0, 800.0, 1000.0, 1100.0, 1200.0))
+
+
+def test_no_more_calls_than_repeats_are_allowed(gpu):
+    (found,) = compare_calls({"a": gpu.side("a")}, "cuda", time_limit_s=60, in_a_row=8).values()
+    assert (len(found.timing.times_us), len(found.idle.times_us)) == (350, 50)
+
+
+@pytest.mark.parametrize("place", [0, 2])
+def test_a_row_with_an_outlier_is_taken_again_in_turn(gpu, place):
+    times = [300.0] * 24
+    times[4 + 2 * 4 + place] = 9000.0  # of the third row after the one to warm up
+    sides = {"a": gpu.side("a", 0.0, [*times, 301.0]), "b": gpu.side("b", 0.0, [400.0] * 24 + [401.0])}
+    found = compare_calls(sides, "cuda", time_limit_s=0, min_repeats=20)
+    for name, usual, again in (("a", 300.0, 301.0), ("b", 400.0, 401.0)):
+        assert found[name].timing.times_us == pytest.approx((*[usual] * 6, *[again] * 3, *[usual] * 6))
+        assert found[name].idle.times_us == pytest.approx((usual, usual, again, usual, usual))
+    assert gpu.log.count("a") == gpu.log.count("b") == 7 * 4
+
+
+def test_one_call_a_sample_where_rows_are_not_asked_for(gpu):
+    """As a search measures: the host waits after each."""
+    timing = measure(gpu.side("a"), "cuda", time_limit_s=0)
+    assert gpu.log == ["flush", "event", "a", "event", "synchronize"] * 6
+    assert timing.times_us == pytest.approx((350.0,) * 5)
+
+
+def test_a_cpu_runs_nothing_ahead(scripted):
+    sampler = scripted(a=[1.0, 100.0, 101.0, 900.0, 99.0, 100.0, 101.0])
+    (found,) = compare_calls({"a": lambda: "a"}, "cpu", time_limit_s=0).values()
+    assert found == measuring.Calls(Timing((100.0, 101.0, 101.0, 99.0, 100.0)))
+    assert found.idle is None
+    assert sampler.taken == {"a": 7}
 
 
 def test_a_stage_on_a_gpu_is_timed_in_a_graph(monkeypatch):
