@@ -156,8 +156,8 @@ _BACKENDS: dict[str, tuple[str, str, tuple[str, ...]]] = {
         tuple(
             f"sse_tune.templates.tilelang.{name}"
             for name in (
-                "gdn_prepare", "gdn_scan", "gdn_scan_specialized", "gdn_recompute", "gdn_state_gradient",
-                "gdn_state_gradient_specialized", "gdn_score_gradients", "gdn_gradients",
+                "gdn_prepare", "gdn_scan", "gdn_scan_specialized", "gdn_scan_transposed", "gdn_recompute",
+                "gdn_state_gradient", "gdn_state_gradient_specialized", "gdn_score_gradients", "gdn_gradients",
                 "gla_decay_rows", "gla_states", "gla_output", "gla_states_backward", "gla_value_gradients",
                 "gla_states_output", "gla_states_value_gradients", "gla_gradients",
             )

@@ -36,9 +36,13 @@ NAMES = (
 )  # fmt: skip
 GLA_NAMES = ("gla_decay_rows", "gla_states", "gla_output", "gla_states_backward", "gla_value_gradients")
 SPECIALIZED_NAMES = ("gdn_scan_specialized", "gdn_state_gradient_specialized")
+TRANSPOSED = "gdn_scan_transposed"  # not for sm_80
 JOINT_NAMES = ("gla_states_output", "gla_states_value_gradients")
 # stack bytes of a thread, where a default spills
-MAX_SPILL_BYTES = {("gdn_prepare", "sm_100"): 48, ("gdn_state_gradient_specialized", "sm_100"): 32}
+MAX_SPILL_BYTES = {
+    ("gdn_prepare", "sm_100"): 48, ("gdn_state_gradient_specialized", "sm_100"): 32,
+    (TRANSPOSED, "sm_100"): 16,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +66,10 @@ class Case:
 
 
 GLA_CASE = Case("gla_decay_rows", "sm_90", GLA)
-KEEPING = [Case(name, arch, states="store") for name in ("gdn_scan", "gdn_scan_specialized") for arch in ARCHS]
+KEEPING = [
+    *(Case(name, "sm_90", states="store") for name in ("gdn_scan", "gdn_scan_specialized", TRANSPOSED)),
+    Case(TRANSPOSED, "sm_100", states="store"),
+]
 DEFAULTS = [
     *(Case(name, arch) for name in (*NAMES, *SPECIALIZED_NAMES) for arch in ARCHS),
     *(Case(name, arch, GLA) for name in (*GLA_NAMES, *JOINT_NAMES) for arch in ARCHS),
@@ -79,6 +86,7 @@ OTHERS = [
     *(Case("gdn_prepare", arch, config=(("products", "fp32"), ("solve_block", 32))) for arch in ("sm_80", "sm_90")),
     Case("gdn_state_gradient", "sm_90", config=(("num_warps", 8), ("num_stages", 1))),
     Case("gdn_scan_specialized", "sm_90", WIDE, states="store"),
+    Case(TRANSPOSED, "sm_90", RAGGED),
     Case("gdn_state_gradient_specialized", "sm_90", RAGGED),
     Case("gdn_state_gradient_specialized", "sm_90", config=(("num_warps", 8),)),
     Case("gdn_state_gradient_specialized", "sm_90", config=(("block_v", 32), ("num_stages", 3), ("copy_warps", 4))),
@@ -191,7 +199,7 @@ def test_no_step_of_a_gla_walk_waits_for_what_it_loads(name, num_stages):
         assert "cp_async_gs" in line or not re.search(r"\b(x|y|z|P|perm|decay|segment_\w+)\[", line), line
 
 
-@pytest.mark.parametrize("name", SPECIALIZED_NAMES)
+@pytest.mark.parametrize("name", [*SPECIALIZED_NAMES, TRANSPOSED])
 def test_products_of_specialized_warps_run_beside_others(name):
     """ptxas says where it has each product waited for at once: C7518, C7514 and others, by reason."""
     case = Case(name, "sm_90", states="store")
@@ -265,6 +273,16 @@ def test_a_scan_keeps_states_of_the_problems_dtype_only():
     space.default(MAIN, ARCHS["sm_90"], fp32)  # it stores none
     with pytest.raises(ConstraintError, match="states that the scan keeps"):
         space.default(MAIN, ARCHS["sm_90"], fp32.replace(states="store"))
+
+
+def test_warps_that_hand_over_registers_have_enough_of_them():
+    space = find_template("tilelang", TRANSPOSED).space
+    with pytest.raises(ConstraintError, match="need sm_90"):
+        space.default(MAIN, ARCHS["sm_80"], OUTER)
+    with pytest.raises(ConstraintError, match="registers of a thread that multiplies"):
+        space.default(WIDE, ARCHS["sm_90"], OUTER)
+    warps = {config["num_warps"] for config in space.configs(MAIN, ARCHS["sm_90"], OUTER)}
+    assert warps == {4}  # twice as many would leave too few for a state of K = 128
 
 
 @pytest.mark.parametrize("arch", ARCHS)

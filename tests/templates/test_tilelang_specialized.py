@@ -1,4 +1,5 @@
-"""Kernels of specialized warps in the emulator: whole plans against the reference, and each meeting of their warps.
+"""Kernels of specialized warps in the emulator: whole plans against the reference, and each meeting of their warps; the
+walk with its state in registers is one of them.
 
 Needs no GPU. Segments have more chunks than there are slots for them.
 """
@@ -12,7 +13,7 @@ import torch
 from sse_tune.device import ARCHS
 from sse_tune.plan import StageChoice
 from sse_tune.templates.registry import find_template, validate_plan
-from sse_tune.templates.tilelang.specialized import COPIED, LAST, OWN, READY, STATE, VALUES
+from sse_tune.templates.tilelang import specialized, transposed
 from tests.templates import emulated_cuda, test_tilelang_emulated, test_tilelang_whole
 from tests.templates.against_reference import compare, make_inputs
 from tests.templates.emulated_cuda import EmulationError, Launcher, Mode
@@ -22,45 +23,57 @@ from tests.templates.test_tilelang_whole import plan_of
 lacks = emulated_cuda.missing()
 pytestmark = pytest.mark.skipif(lacks is not None, reason=f"nothing to emulate with: {lacks}")
 
-STAGES = ("scan", "state_gradient")
+TEMPLATES = ("gdn_scan_specialized", "gdn_state_gradient_specialized")
+TURNED = ("gdn_scan_transposed", "gdn_state_gradient_specialized")
 LENGTHS = [0, 63, 330]
 PROBLEM = test_tilelang_whole.PROBLEM.replace(seq_len=sum(LENGTHS))
 NARROW = {"block_v": 32, "copy_warps": 4, "num_stages": 3}
 ALONE = test_tilelang_emulated.PROBLEM.replace(rule="gdn", num_heads=1, dtype="fp16")
+_OF_TWO = {getattr(specialized, name) for name in ("READY", "STATE", "VALUES", "OWN", "COPIED", "LAST")}
+BARRIERS = {
+    **dict.fromkeys(TEMPLATES, _OF_TWO),
+    TURNED[0]: {transposed.READY, transposed.FREE, transposed.MADE, transposed.STORED, transposed.COPIED},
+}
+UNSEEN = {
+    # waited for at the end, only so that no barrier is left half full
+    "gdn_scan_specialized": [specialized.STATE],
+    # and after each step: those that multiply wait for the storers next, and here all others go on meanwhile
+    "gdn_scan_transposed": [transposed.READY, transposed.FREE],
+}
 MEETINGS = r"tl::(?:__sync_thread_partial|__named_barrier_arrive)\((\d+), \d+\);"
 
 
-def specialized_plan(problem, arch, changes, states):
+def specialized_plan(problem, arch, names, changes, states):
     plan = plan_of(problem, arch, states=states)
-    for stage in STAGES:
-        template = find_template("tilelang", f"gdn_{stage}_specialized")
-        config = template.space.default(problem, ARCHS[arch], plan.outer).replace(**changes)
-        plan = plan.replace_stage(stage, StageChoice("tilelang", template.name, config))
+    for template in (find_template("tilelang", name) for name in names):
+        config = template.space.default(problem, ARCHS[arch], plan.outer)
+        config = config.replace(**changes.get(template.stage, changes))
+        plan = plan.replace_stage(template.stage, StageChoice("tilelang", template.name, config))
     validate_plan(plan, problem, ARCHS[arch])
     return plan
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize(
-    ("arch", "states", "width", "changes", "order"),
+    ("arch", "states", "width", "names", "changes", "order"),
     [
-        ("sm_90", "store", 64, {"num_warps": 8}, "scattered"),
-        ("sm_90", "store", 128, NARROW, "backward"),
-        ("sm_80", "recompute", 64, {}, "forward"),
+        ("sm_90", "store", 64, TEMPLATES, {"num_warps": 8}, "scattered"),
+        ("sm_90", "store", 128, TURNED, {"scan": {"copy_warps": 4}, "state_gradient": NARROW}, "backward"),
+        ("sm_80", "recompute", 64, TEMPLATES, {}, "forward"),
     ],
-    ids=["eight warps", "narrow", "older"],
+    ids=["eight warps", "turned, narrow", "older"],
 )
-def test_it_matches_the_reference(arch, states, width, changes, order, poisoned_empty):
+def test_it_matches_the_reference(arch, states, width, names, changes, order, poisoned_empty):
     problem = PROBLEM.replace(head_dim=width, head_dim_v=width)
-    plan = specialized_plan(problem, arch, changes, states)
+    plan = specialized_plan(problem, arch, names, changes, states)
     inputs = make_inputs(problem, LENGTHS, initial=True, gate=0.02)  # or nothing of a state is left after a chunk
     compare(problem, inputs, poisoned_empty, plan=plan, launcher=Launcher(Mode("late", order), arch=arch))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_warps_need_each_of_their_meetings(stage, monkeypatch):
+@pytest.mark.parametrize("name", [*TEMPLATES, TURNED[0]])
+def test_warps_need_each_of_their_meetings(name, monkeypatch):
     """Without one of them threads wait for ever, or products come before their fence, or results are others."""
-    template, arguments, tensors, segments = case_of(f"gdn_{stage}_specialized", ALONE)
+    template, arguments, tensors, segments = case_of(name, ALONE)
     # small, or states leave the range of fp16
     tensors = {name: 0.2 * tensor if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     numbers = []
@@ -93,11 +106,9 @@ def test_warps_need_each_of_their_meetings(stage, monkeypatch):
 
     nothing = 99
     expected = {order: results(nothing, order) for order in ("forward", "backward")}
-    assert set(numbers) == {READY, STATE, VALUES, OWN, COPIED, LAST}
+    assert set(numbers) == BARRIERS[name]
     assert not any(shows(nothing, order) for order in expected)
     each = [*range(len(numbers)), *(-number for number in set(numbers))]
     unseen = [without for without in each if not any(shows(without, order) for order in expected)]
-    # at its end the scan waits for STATE only so that no barrier is left half full
-    needless = [len(numbers) - 2] if stage == "scan" else []
-    assert unseen == needless
-    assert all(numbers[i] == STATE for i in needless)
+    assert all(without >= 0 for without in unseen)
+    assert [numbers[without] for without in unseen] == UNSEEN.get(name, [])
