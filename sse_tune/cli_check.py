@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from sse_tune.device import Device
-    from sse_tune.plan import Plan
+    from sse_tune.plan import Plan, StageChoice
     from sse_tune.tuning.ahead import CompileAhead
     from sse_tune.tuning.check import CaseResult, Report
     from sse_tune.tuning.check_shares import Task
@@ -39,12 +39,15 @@ DEFAULT = "default"  # the plan that runs where nothing is tuned: another one fo
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One plan to check: what the table calls it, the problem, the plan."""
+    """One plan to check: what the table calls it, the problem, the plan. A tuned one is itself for all sizes; of others
+    the default of each size stands in, with these choices in place of its own."""
 
     backend: str
     plan_of: str
     problem: Problem
     plan: Plan
+    is_tuned: bool = False
+    choices: tuple[tuple[str, StageChoice], ...] = ()
 
     @property
     def label(self) -> str:
@@ -55,7 +58,7 @@ class Subject:
         """What is run: the plan, or the default of each case's sizes that it stands for."""
         from sse_tune.tuning.check_shares import Task
 
-        return Task(self.plan, self.problem, self.backend if self.plan_of == DEFAULT else None)
+        return Task(self.plan, self.problem, None if self.is_tuned else self.backend, self.choices)
 
 
 def check(
@@ -201,7 +204,8 @@ def subjects_of(
                 yield Subject(backend, DEFAULT, problem, plan)
                 for stage, choice in other_defaults(Templates(problem, device, (backend,)), plan):
                     if plan.stages[stage].backend == backend:
-                        yield Subject(backend, choice.template, problem, plan.replace_stage(stage, choice))
+                        changed = plan.replace_stage(stage, choice)
+                        yield Subject(backend, choice.template, problem, changed, choices=((stage, choice),))
     yield from _tuned(rules, dtypes, backends, device, db)
 
 
@@ -227,7 +231,7 @@ def _tuned(
             continue
         if (problem, answer.plan) not in seen:
             seen.add((problem, answer.plan))
-            yield Subject("+".join(sorted(used)), f"tuned h{problem.num_heads}", problem, answer.plan)
+            yield Subject("+".join(sorted(used)), f"tuned h{problem.num_heads}", problem, answer.plan, is_tuned=True)
 
 
 def _row(subject: Subject, result: CaseResult) -> dict[str, object]:

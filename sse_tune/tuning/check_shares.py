@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sse_tune.device import Device
-from sse_tune.plan import Plan
+from sse_tune.plan import Plan, StageChoice
 from sse_tune.problem import Problem
 from sse_tune.templates.registry import default_plan
 from sse_tune.tuning.cases import CASES, case_problem, scale_of
@@ -33,16 +33,25 @@ class Task:
     Args:
         plan, problem: see `check_plan`.
         default_of: the backend whose default for each case's sizes the plan stands for; None: it stands for itself.
+        choices: stages in which these take the place of the default's.
     """
 
     plan: Plan
     problem: Problem
     default_of: str | None
+    choices: tuple[tuple[str, StageChoice], ...] = ()
 
     def plan_for(self, device: Device) -> Callable[[Problem], Plan] | None:
         """See `check_plan`."""
         backend = self.default_of
-        return None if backend is None else lambda posed: default_plan(posed, device, backend)
+        if backend is None:
+            return None
+
+        def plan(posed: Problem) -> Plan:
+            default = default_plan(posed, device, backend)
+            return dataclasses.replace(default, stages={**default.stages, **dict(self.choices)})
+
+        return plan
 
 
 @dataclasses.dataclass(frozen=True)

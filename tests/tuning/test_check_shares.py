@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from sse_tune.cli_check import DEFAULT, Subject
+from sse_tune.cli_check import DEFAULT, Subject, subjects_of
 from sse_tune.device import ARCHS
 from sse_tune.problem import Problem
 from sse_tune.templates.registry import default_plan
@@ -62,10 +62,23 @@ def test_a_lost_worker_costs_the_case_that_killed_it(lanes, cpu, planted):
 def test_a_default_is_that_of_each_case_and_a_tuned_plan_is_itself(cpu):
     problem = Problem.preset("sse-gla-128")
     plan = default_plan(problem, HOPPER, "triton")
-    default, tuned = (Subject("triton", of, problem, plan).task for of in (DEFAULT, "tuned h16"))
+    default = Subject("triton", DEFAULT, problem, plan).task
+    tuned = Subject("triton", "tuned h16", problem, plan, is_tuned=True).task
     forward = problem.replace(direction="fwd")
     assert default.plan_for(HOPPER)(forward) == default_plan(forward, HOPPER, "triton") != plan
     assert tuned.plan_for(HOPPER) is None
+
+
+def test_a_template_that_is_no_default_is_checked_in_the_default_of_each_case():
+    """Or it would be left out where the sizes ask for other stages, or for another template beside it."""
+    subjects = list(subjects_of(("gdn",), ("bf16",), ("tilelang",), HOPPER, None))
+    task = next(subject.task for subject in subjects if subject.plan_of == "gdn_scan_specialized")
+    assert task.plan.stages["scan"].template == "gdn_scan_specialized"
+    for sizes in ({"num_partitions": 0, "top_k": 0, "read_k": None}, {"num_sequences": 20000, "seq_len": 40000}):
+        posed = task.problem.replace(**sizes)
+        plan, default = task.plan_for(HOPPER)(posed), default_plan(posed, HOPPER, "tilelang")
+        assert default.stages.get("routing") != task.plan.stages["routing"] or "combine" not in default.stages
+        assert plan == default.replace_stage("scan", task.plan.stages["scan"])
 
 
 def test_a_share_has_the_cases_of_one_plan_and_of_equal_sizes(cpu):
