@@ -131,17 +131,28 @@ def _workload_of(problem: Problem, workload: Workload | str | pathlib.Path | Non
     return workload
 
 
+def compiled_first(
+    workload: Workload, device: Device, default: Plan, known: Sequence[Plan], staged: tuple[str, ...]
+) -> list[Candidate]:
+    """What is compiled while the default is admitted, in this order; should that fail, it is lost. Whole plans, then
+    the default of every other template beside the nearest known plan, whose outer point is tuned first, and beside the
+    default."""
+    found = [Candidate("plan", plan) for plan in (default, *known)]
+    for base in dict.fromkeys((*known[:1], default)):
+        if base.graph == "staged":
+            for stage, choice in other_defaults(Templates(workload, device, staged), base):
+                found.append(Candidate("stage", base.replace_stage(stage, choice), base, stage))
+    return found
+
+
 def _search(engine: Engine, backends: tuple[str, ...], sampler: str, target: float | None) -> SearchReport:
     workload, device, recorder = engine.workload, engine.evaluator.device, engine.recorder
     recorder.report("admitting the default", 0, 1)
     default = base_plan(workload, device, backends[0])
     staged = tuple(backend for backend in backends if graph_of(backend) == "staged")
     known = known_plans(recorder.database, workload, device, backends)
-    for plan in (default, *known):
-        engine.compile(Candidate("plan", plan))
-    if default.graph == "staged":  # compiled while the default is admitted; should it fail, that is lost
-        for stage, choice in other_defaults(Templates(workload, device, staged), default):
-            engine.compile(Candidate("stage", default.replace_stage(stage, choice), default, stage))
+    for candidate in compiled_first(workload, device, default, known, staged):
+        engine.compile(candidate)
     first = engine.evaluate(Candidate("plan", default))
     holders: list[Plan | None] = []
     for entry in workload.entries:

@@ -11,8 +11,10 @@ from sse_tune.tuning.candidates import Candidate, Known, Settings
 from sse_tune.tuning.estimate import estimated_best_us
 from sse_tune.tuning.landscape import Templates, other_defaults
 from sse_tune.tuning.recorded import Recorded
+from sse_tune.tuning.search import compiled_first
 from sse_tune.tuning.strategy import Decomposed, WholePlans
 from sse_tune.tuning.study import SpaceStudy
+from sse_tune.tuning.workload import Workload
 from tests.tuning.synthetic import DEVICE, OUTERS, PROBLEM, sweep, time_us
 
 
@@ -231,6 +233,24 @@ def test_what_the_tuning_of_stages_begins_with_is_known_beforehand():
     assert len(asked) == count, "all but the base of the point beside it"
     begins = {(candidate.stage, candidate.plan.stages[candidate.stage]) for candidate in asked}
     assert begins == {*found, *base.stages.items()}
+
+
+def test_other_templates_are_compiled_beside_the_nearest_known_plan_first():
+    """Its outer point is tuned first. What is new would come to it late, if at all, for waiting for compilers."""
+    problem, device, backends = Problem.preset("spikingbrain2-5b"), ARCHS["sm_90"], ("triton", "tilelang")
+    landscape = Templates(problem, device, backends)
+    default = landscape.base(None)
+    near = landscape.base(default.outer.replace(states="store"))
+    far = landscape.base(default.outer.replace(state_dtype="fp32"))
+    found = compiled_first(Workload.of(problem), device, default, [near, far], backends)
+    assert found[:3] == [Candidate("plan", plan) for plan in (default, near, far)]
+    bases = [candidate.base for candidate in found[3:]]
+    assert bases == sorted(bases, key=[near, default].index), "and none beside the plan further off"
+    scans = {candidate.plan.stages["scan"].template for candidate in found if candidate.base == near}
+    assert scans >= {"gdn_scan", "gdn_scan_specialized", "gdn_scan_transposed"}
+    assert {candidate.plan.outer for candidate in found if candidate.base == near} == {near.outer}
+    alone = compiled_first(Workload.of(problem), device, default, [], backends)
+    assert alone == [found[0], *(candidate for candidate in found[3:] if candidate.base == default)]
 
 
 @pytest.mark.parametrize("seed", range(3))
