@@ -183,7 +183,6 @@ def compare_calls(
     *,
     time_limit_s: float = 2.0,
     min_repeats: int = 5,
-    in_a_row: int = IN_A_ROW,
 ) -> dict[str, Calls]:
     """Times several calls in turn, as `compare` does, but in rows: the host waits only at the end of each, and of its
     work only what it cannot do ahead counts for a call behind another.
@@ -191,13 +190,13 @@ def compare_calls(
     Args:
         sides, device, time_limit_s: see `compare`.
         min_repeats: of each side, all calls of its rows counted.
-        in_a_row: calls of a row on a GPU; on a CPU, which runs nothing ahead, one.
 
     Returns:
         The `Calls` of each side; the i-th samples of all were taken in turn, and outliers are taken again by rows.
     """
     where = torch.device(device)
-    found = _rows_in_turn(sides, where, in_a_row if where.type == "cuda" else 1, time_limit_s, min_repeats)
+    in_a_row = IN_A_ROW if where.type == "cuda" else 1  # a CPU runs nothing ahead
+    found = _rows_in_turn(sides, where, in_a_row, time_limit_s, min_repeats)
     return {name: Calls.of(rows) for name, rows in found.items()}
 
 

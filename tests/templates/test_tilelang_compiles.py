@@ -38,6 +38,7 @@ GLA_NAMES = ("gla_decay_rows", "gla_states", "gla_output", "gla_states_backward"
 SPECIALIZED_NAMES = ("gdn_scan_specialized", "gdn_state_gradient_specialized")
 TRANSPOSED = "gdn_scan_transposed"  # not for sm_80
 JOINT_NAMES = ("gla_states_output", "gla_states_value_gradients")
+TWICE_AS_WIDE = (("block_v", 128), ("num_warps", 8), ("copy_warps", 4))
 # stack bytes of a thread, where a default spills
 MAX_SPILL_BYTES = {
     ("gdn_prepare", "sm_100"): 48, ("gdn_state_gradient_specialized", "sm_100"): 32,
@@ -67,8 +68,8 @@ class Case:
 
 GLA_CASE = Case("gla_decay_rows", "sm_90", GLA)
 KEEPING = [
-    *(Case(name, "sm_90", states="store") for name in ("gdn_scan", "gdn_scan_specialized", TRANSPOSED)),
-    Case(TRANSPOSED, "sm_100", states="store"),
+    *(Case(name, arch, states="store") for name in ("gdn_scan", "gdn_scan_specialized") for arch in ARCHS),
+    *(Case(TRANSPOSED, arch, states="store") for arch in ("sm_90", "sm_100")),
 ]
 DEFAULTS = [
     *(Case(name, arch) for name in (*NAMES, *SPECIALIZED_NAMES) for arch in ARCHS),
@@ -87,6 +88,7 @@ OTHERS = [
     Case("gdn_state_gradient", "sm_90", config=(("num_warps", 8), ("num_stages", 1))),
     Case("gdn_scan_specialized", "sm_90", WIDE, states="store"),
     Case(TRANSPOSED, "sm_90", RAGGED),
+    Case(TRANSPOSED, "sm_90", RAGGED.replace(head_dim_v=128), TWICE_AS_WIDE, "store"),
     Case("gdn_state_gradient_specialized", "sm_90", RAGGED),
     Case("gdn_state_gradient_specialized", "sm_90", config=(("num_warps", 8),)),
     Case("gdn_state_gradient_specialized", "sm_90", config=(("block_v", 32), ("num_stages", 3), ("copy_warps", 4))),

@@ -183,8 +183,8 @@ def test_samples_behind_one_another_are_in_the_order_taken(gpu):
 
 
 def test_no_more_calls_than_repeats_are_allowed(gpu):
-    (found,) = compare_calls({"a": gpu.side("a")}, "cuda", time_limit_s=60, in_a_row=8).values()
-    assert (len(found.timing.times_us), len(found.idle.times_us)) == (350, 50)
+    (found,) = compare_calls({"a": gpu.side("a")}, "cuda", time_limit_s=60).values()
+    assert (len(found.timing.times_us), len(found.idle.times_us)) == (300, 100)
 
 
 @pytest.mark.parametrize("place", [0, 2])
